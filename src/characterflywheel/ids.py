@@ -1,0 +1,35 @@
+"""UUIDv7 identifiers (RFC 9562) and seeds derived from names.
+
+A simulated crowd and a resumed run must produce the same ids, so ids can be drawn from a given clock and a
+seeded generator; without them they come from the wall clock and the operating system.
+"""
+
+import hashlib
+import random
+import secrets
+import time
+import uuid
+from datetime import UTC, datetime
+
+
+def uuid7(at: datetime | None = None, rng: random.Random | None = None) -> str:
+    """A version-7 UUID whose first 48 bits are milliseconds since 1970 at `at` (now if None)."""
+    milliseconds = int(at.timestamp() * 1000) if at else time.time_ns() // 1_000_000
+    bits = rng.getrandbits(74) if rng else secrets.randbits(74)
+    value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | (bits >> 62) << 64 | 0b10 << 62 | bits & (1 << 62) - 1
+    return str(uuid.UUID(int=value))
+
+
+def derive_id(*parts: object, at: datetime | None = None) -> str:
+    """A UUIDv7 that is a function of `parts` (and of the time `at`): the same parts give the same id.
+
+    This makes derived rows idempotent: a killed stage that runs again writes the same ids.
+    """
+    moment = at or datetime(2026, 1, 1, tzinfo=UTC)
+    return uuid7(moment, random.Random(derive_seed(*parts)))
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from a name, e.g. `derive_seed(config.seed, "sft", 3)`; independent for different parts."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,84 @@
+"""The doors between the pipeline and people, real or simulated.
+
+The pipeline asks `People` to talk, to judge and to live through an experiment, and never knows who they are. Real
+people come through the chat service and the annotation page, so `RealPeople` waits; the embedded world's crowd
+(`simulation`) uses the same event store, chat service and tasks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from .errors import Waiting
+from .records import Candidate, Character, ChatMessage, Judgement, Message, Prompt, Source, Task
+
+
+class Utterance(NamedTuple):
+    """What a user says in a conversation, and everything said before it."""
+
+    conversation_id: str
+    user_id: str
+    character: Character
+    history: tuple[ChatMessage, ...]
+    text: str
+    at: datetime
+
+
+class Service(Protocol):
+    """The chat service as its callers see it."""
+
+    def open_conversation(self, user_id: str, character: Character, source: Source, at: datetime) -> str:
+        """Start a conversation; returns its id. The user must be registered in the store."""
+        ...
+
+    def reply(self, utterances: Sequence[Utterance]) -> list[Message]:
+        """Answer each utterance; exposure, utterance and reply are in the store when it returns."""
+        ...
+
+    def signal(self, message_id: str, user_id: str, kind: str, at: datetime, value: float = 1.0) -> None:
+        """Record what the user did after a reply."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Contexts with the replies of each arm that were really generated for them: `replies[arm][context]`."""
+
+    experiment: str
+    contexts: tuple[Prompt, ...]
+    replies: Mapping[str, tuple[tuple[Candidate, ...], ...]]
+    models: Mapping[str, str]
+    characters: Mapping[str, Character]
+    starts: datetime
+    days: int
+    arm_share: float
+
+
+class People(Protocol):
+    """Those who talk, those who judge."""
+
+    def talk(self, service: Service, characters: Sequence[Character], generation: int, starts: datetime) -> None:
+        """Have the conversations of one traffic window, of both populations."""
+        ...
+
+    def judge(self, tasks: Sequence[Task]) -> list[Judgement]:
+        """Answer annotation tasks."""
+        ...
+
+    def live(self, bank: Bank) -> None:
+        """Spend the experiment's days with the arms' replies; what happens goes into the event store."""
+        ...
+
+
+class RealPeople:
+    """People who come when they come. The pipeline waits for them."""
+
+    def talk(self, service: Service, characters: Sequence[Character], generation: int, starts: datetime) -> None:
+        """Nothing to do: their conversations are in the store already, through `flywheel serve` or an import."""
+
+    def judge(self, tasks: Sequence[Task]) -> list[Judgement]:
+        raise Waiting(f"{len(tasks)} annotation tasks await judgement: `flywheel annotate export`, then `import`.")
+
+    def live(self, bank: Bank) -> None:
+        raise Waiting(f"experiment {bank.experiment} runs until day {bank.days}; run again when it is over.")

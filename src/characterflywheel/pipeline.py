@@ -1,0 +1,199 @@
+"""Stages as values, their artifacts, and a runner that resumes (DESIGN section 4).
+
+A stage's folder is `NAME-HASH`, the hash over its version, config, seed and the hashes of its inputs. The
+function writes its files there and returns a typed summary; `artifact.json` is written last and atomically, so
+its presence means that the stage is complete. A changed identity is a new folder; nothing stale is served.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from . import __version__, ids
+
+S = TypeVar("S", bound=BaseModel)
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "tea-tasting")
+
+
+class ArtifactRecord(BaseModel):
+    """The content of `artifact.json`: everything needed to say where a stage's output came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    hash: str
+    version: int
+    config: dict[str, Any]
+    seed: int
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    summary: dict[str, Any]
+    code_version: str
+    packages: dict[str, str]
+    device: str
+    seconds: float
+    peak_memory_mb: float
+
+
+@dataclass(frozen=True)
+class Artifact(Generic[S]):
+    """A completed stage: its folder and its typed summary."""
+
+    stage: str
+    folder: Path
+    summary: S
+    record: ArtifactRecord
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@dataclass
+class Work:
+    """What a stage's function is given: where to write, its seed, and a place for partial results."""
+
+    folder: Path
+    seed: int
+
+    @property
+    def partial(self) -> Path:
+        """A folder that survives a kill and is removed when the stage completes."""
+        path = self.folder / ".partial"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+@dataclass(frozen=True)
+class Stage(Generic[S]):
+    """A named step: `run(work)` writes files into `work.folder` and returns a summary of type `summary`.
+
+    `inputs` are the stages (by role) whose artifacts `run` reads; their hashes are part of this stage's hash.
+    `external` names identities that are not stages: a model folder, a character set.
+    """
+
+    name: str
+    version: int
+    config: BaseModel
+    summary: type[S]
+    run: Callable[[Work], S]
+    seed: int
+    inputs: Mapping[str, "Stage[Any]"] = field(default_factory=dict)
+    external: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def input_hashes(self) -> dict[str, str]:
+        return {role: stage.hash for role, stage in self.inputs.items()} | dict(self.external)
+
+    @cached_property
+    def hash(self) -> str:
+        """First 12 hex digits of SHA-256 over version, config, seed and input hashes."""
+        identity = {
+            "name": self.name, "version": self.version, "config": self.config.model_dump(mode="json"),
+            "seed": self.seed, "inputs": self.input_hashes,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-{self.hash}"
+
+
+class Runner:
+    """Runs stages in `root` (the workspace's `artifacts/`), skipping those whose artifact is complete."""
+
+    def __init__(self, root: Path, announce: Callable[[str, str], None] = lambda stage, line: None) -> None:
+        self.root = root
+        self.announce = announce
+
+    def folder(self, stage: Stage[Any]) -> Path:
+        return self.root / stage.folder_name
+
+    def is_complete(self, stage: Stage[Any]) -> bool:
+        return (self.folder(stage) / "artifact.json").exists()
+
+    def load(self, stage: Stage[S]) -> Artifact[S]:
+        """The artifact of a completed stage."""
+        folder = self.folder(stage)
+        record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text(encoding="utf-8"))
+        return Artifact(stage.name, folder, stage.summary.model_validate(record.summary), record)
+
+    def run(self, stage: Stage[S]) -> Artifact[S]:
+        """Run one stage, whose inputs must be complete, or load it if it is complete already."""
+        if self.is_complete(stage):
+            artifact = self.load(stage)
+            self.announce(stage.name, f"done before · {summary_line(artifact.summary)}")
+            return artifact
+        folder = self.folder(stage)
+        _remove_unfinished(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        summary = stage.run(Work(folder, ids.derive_seed(stage.seed, stage.name)))
+        seconds = time.monotonic() - started
+        shutil.rmtree(folder / ".partial", ignore_errors=True)
+        record = ArtifactRecord(
+            stage=stage.name,
+            hash=stage.hash,
+            version=stage.version,
+            config=stage.config.model_dump(mode="json"),
+            seed=stage.seed,
+            inputs=stage.input_hashes,
+            outputs=output_hashes(folder),
+            summary=summary.model_dump(mode="json"),
+            code_version=__version__,
+            packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            device=platform.processor() or platform.machine(),
+            seconds=round(seconds, 3),
+            peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        )
+        write_atomically(folder / "artifact.json", record.model_dump_json(indent=1))
+        self.announce(stage.name, f"{seconds:.1f} s · {summary_line(summary)}")
+        return self.load(stage)
+
+
+def output_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an artifact, by path relative to its folder (`artifact.json` left out)."""
+    hashes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "artifact.json":
+            with path.open("rb") as file:
+                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, even after a power cut."""
+    temporary = path.with_name(path.name + ".writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def summary_line(summary: BaseModel) -> str:
+    """A summary's own `line()` if it has one, else its plain numbers and words."""
+    line = getattr(summary, "line", None)
+    if callable(line):
+        return str(line())
+    plain = {k: v for k, v in summary.model_dump().items() if isinstance(v, int | float | str)}
+    return ", ".join(f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}" for k, v in plain.items())
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Clear what a killed run left, except `.partial`, which stages resume from."""
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.name != ".partial":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

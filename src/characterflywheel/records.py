@@ -1,0 +1,245 @@
+"""What crosses disk or HTTP: the nouns of the flywheel, frozen and strict (DESIGN section 5).
+
+Conversations are OpenAI-style messages. Preference pairs are TRL's conversational `prompt/chosen/rejected`
+plus our columns. Every derived row names the conversation and user it came from, so that erasing a user can
+reach everything derived.
+"""
+
+from datetime import datetime
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Source = Literal["internal", "user"]
+Role = Literal["system", "user", "assistant"]
+SignalKind = Literal["continue", "thumb_up", "thumb_down", "love", "regenerate", "report", "rating", "feedback"]
+Split = Literal["annotate", "train", "evaluate", "experiment"]
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ChatMessage(Record):
+    """One OpenAI-style message."""
+
+    role: Role
+    content: str
+
+
+RuleKind = Literal[
+    "max_words", "ends_with_question", "exactly_one_emoji", "no_emoji", "lower_case", "no_lists",
+    "must_mention", "never_mention", "calls_user", "speaks_of_itself_as",
+]  # fmt: skip
+
+
+class Rule(Record):
+    """What makes an instruction checkable by a program: a kind, with a word list or a number where it takes one."""
+
+    kind: RuleKind
+    words: tuple[str, ...] = ()
+    number: int | None = None
+
+
+class Instruction(Record):
+    """One written instruction of a character's creator; `rule` is None where only a reader can judge it."""
+
+    text: str = Field(min_length=1)
+    rule: Rule | None = None
+
+
+class Character(Record):
+    """A character: who it is, and what its creator said it must do. A change makes a new version."""
+
+    id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    version: int = Field(default=1, ge=1)
+    name: str = Field(min_length=1)
+    category: str
+    traits: tuple[str, ...]
+    instructions: tuple[Instruction, ...] = Field(min_length=1)
+    greeting: str
+    examples: tuple[ChatMessage, ...] = ()
+    safety: Literal["approved", "review", "refused"] = "approved"
+    extensions: dict[str, object] = Field(default_factory=dict)
+
+
+class User(Record):
+    """A person who chats. `consent` says whether their messages may be used for training."""
+
+    id: str
+    population: Source
+    consent: bool = True
+    created_at: datetime
+
+
+class Message(Record):
+    """A message as the event store keeps it. Replies carry the model, and the arm if an experiment served it."""
+
+    id: str
+    conversation_id: str
+    user_id: str
+    role: Role
+    content: str
+    model: str | None = None
+    experiment: str | None = None
+    arm: str | None = None
+    fallback: bool = False
+    created_at: datetime
+
+
+class Conversation(Record):
+    """A conversation between one user and one character, messages in order."""
+
+    id: str
+    user_id: str
+    character_id: str
+    character_version: int
+    source: Source
+    created_at: datetime
+    messages: tuple[Message, ...] = ()
+
+
+class Signal(Record):
+    """What a user did after a reply. `value` is 1 for an act, 1 to 5 for a rating; `text` for written feedback."""
+
+    id: str
+    message_id: str
+    user_id: str
+    kind: SignalKind
+    value: float = 1.0
+    text: str | None = None
+    created_at: datetime
+
+
+class Exposure(Record):
+    """A user met an experiment's arm. Logged before the reply; the exposed are the population of the analysis."""
+
+    id: str
+    experiment: str
+    arm: str
+    user_id: str
+    created_at: datetime
+
+
+class Prompt(Record):
+    """A partial conversation that ends with the user's message: what annotation, training and evaluation use.
+
+    `messages` begins with the character's system prompt.
+    """
+
+    id: str
+    conversation_id: str
+    user_id: str
+    source: Source
+    character_id: str
+    messages: tuple[ChatMessage, ...]
+    split: Split
+    cluster: int
+    turn: int
+    created_at: datetime
+
+
+class Candidate(Record):
+    """A reply drawn for a prompt from one policy of the pool (or written by an annotator: policy `rewrite`)."""
+
+    id: str
+    prompt_id: str
+    policy: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    score: float | None = None
+
+
+class Task(Record):
+    """What an annotator is shown: the character, the history, and alternatives to judge and rank."""
+
+    id: str
+    kind: Literal["static", "interactive", "steerability"]
+    prompt_id: str
+    character: Character
+    history: tuple[ChatMessage, ...]
+    candidates: tuple[Candidate, ...]
+    reviewer: str
+
+
+class Answers(Record):
+    """The structured questions about one reply. `violates` holds the numbers of the instructions it breaks."""
+
+    candidate_id: str
+    false_refusal: bool
+    templated: bool
+    violates: tuple[int, ...] = ()
+
+
+class Judgement(Record):
+    """One reviewer's answer to a task: questions for every reply, a ranking best first, perhaps a rewrite."""
+
+    id: str
+    task_id: str
+    prompt_id: str
+    reviewer: str
+    answers: tuple[Answers, ...]
+    ranking: tuple[str, ...]
+    rewrite: str | None = None
+    seconds: float
+    created_at: datetime
+
+    @model_validator(mode="after")
+    def _ranking_names_the_judged(self) -> Self:
+        if sorted(self.ranking) != sorted(a.candidate_id for a in self.answers):
+            raise ValueError("ranking must name every judged candidate exactly once")
+        return self
+
+
+class Preference(Record):
+    """A preference pair in TRL's conversational format, plus who preferred it and where it came from.
+
+    `label` is the share of `reviewers` who preferred `chosen` (a soft label for Bradley-Terry, at least 0.5).
+    """
+
+    id: str
+    prompt_id: str
+    user_id: str
+    character_id: str
+    source: Source
+    prompt: tuple[ChatMessage, ...]
+    chosen: tuple[ChatMessage, ...]
+    rejected: tuple[ChatMessage, ...]
+    chosen_policy: str
+    rejected_policy: str
+    reviewers: int = Field(ge=1)
+    label: float = Field(ge=0.5, le=1.0)
+    held_out: bool = False
+
+
+class Dropped(Record):
+    """Something a filter did not keep, and why. Filters return what they kept and what they dropped."""
+
+    id: str
+    stage: str
+    reason: str
+    detail: str = ""
+
+
+class Example(Record):
+    """One supervised example: OpenAI-style `messages`, the last one to be learnt, and where it came from."""
+
+    id: str
+    prompt_id: str
+    user_id: str
+    character_id: str
+    source: Literal["internal", "user", "rewrite", "safety", "general"]
+    messages: tuple[ChatMessage, ...]
+    score: float | None = None
+
+
+class Estimate(Record):
+    """A number with its uncertainty. `value` is None, with a `reason`, where it could not be measured; never 0."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int
+    reason: str | None = None
