@@ -146,7 +146,9 @@ class GateConfig(Section):
     win_rate_alarm: float = 0.65
     win_rate_gap_max: float = Field(0.15, description="user against internal win rate: further apart is a warning")
     max_metric_worsening: float = Field(0.1, description="absolute rise of a bad production metric")
+    max_steerability_worsening: float = Field(0.05, description="absolute, of following and of violation")
     max_style_drift: float = Field(2.0, description="ratio of a style feature's mean, new to old, either way")
+    style_floor: float = Field(0.02, gt=0, description="smaller style means count as this: rare is not drift")
 
 
 class ExperimentConfig(Section):
@@ -160,6 +162,11 @@ class ExperimentConfig(Section):
     max_tokens: int = Field(48, ge=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
     min_users: int = Field(500, ge=2, description="below this many users an arm, no lift is stated")
+    engaged_days: int = Field(2, ge=1, description="days of the window with a message that make a user engaged")
+    pre_days: int = Field(7, ge=1, description="days before first exposure whose activity is the covariate")
+    cap_quantile: float = Field(0.999, gt=0.5, le=1, description="messages are capped there, pooled over arms")
+    leave_out_fallbacks: bool = Field(False, description="do not count messages that a canned reply answered")
+    power: float = Field(0.8, gt=0.5, lt=1, description="of the detectable lifts that are printed")
 
 
 class FlywheelConfig(Section):
