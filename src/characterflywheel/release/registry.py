@@ -1,0 +1,106 @@
+"""Which model is in service, and how it came there: `registry.json` in the workspace (PAPER section 8, DESIGN 10).
+
+The history of promotions and rollbacks is the truth; the model in service follows from it. Writing is atomic, and a
+promotion that a killed run repeats changes nothing.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ..errors import FlywheelError
+from ..pipeline import write_atomically
+from ..records import Record
+
+
+class Release(Record):
+    """A model that can serve: the generation that made it, its name, its folder relative to the workspace."""
+
+    generation: int
+    model: str
+    folder: str
+
+
+class Step(Record):
+    """One change of what is in service; `release` serves after it."""
+
+    action: Literal["promote", "rollback"]
+    release: Release
+    reason: str
+    at: datetime
+
+
+class Registry(Record):
+    """The steps so far, oldest first."""
+
+    history: tuple[Step, ...] = ()
+
+    @property
+    def serving(self) -> tuple[Release, ...]:
+        """The models that a rollback would find, oldest first; the last one is in service."""
+        stack: list[Release] = []
+        for step in self.history:
+            if step.action == "promote":
+                stack.append(step.release)
+            else:
+                stack.pop()
+        return tuple(stack)
+
+    @property
+    def in_service(self) -> Release | None:
+        """The model in service; None before the first promotion."""
+        return self.serving[-1] if self.serving else None
+
+
+def read(path: Path) -> Registry:
+    """Read `registry.json`; an absent file is an empty registry.
+
+    Raises:
+        FlywheelError: the file is not a registry, or its history is impossible.
+    """
+    if not path.exists():
+        return Registry()
+    try:
+        registry = Registry(history=json.loads(path.read_text(encoding="utf-8"))["history"])
+        registry.serving  # noqa: B018 - replays the history, which a hand edit may have broken
+    except (ValueError, KeyError, IndexError, TypeError, ValidationError) as error:
+        raise FlywheelError(
+            f"{path} is not a registry of models ({error}): restore it, or delete it to start anew."
+        ) from error
+    return registry
+
+
+def promote(path: Path, release: Release, reason: str, at: datetime) -> Registry:
+    """Put a model in service. Promoting the one that is in service already changes nothing."""
+    registry = read(path)
+    if registry.in_service == release:
+        return registry
+    return _write(path, registry, Step(action="promote", release=release, reason=reason, at=at))
+
+
+def rollback(path: Path, reason: str, at: datetime) -> Registry:
+    """Put the model back in service that served before the present one.
+
+    Raises:
+        FlywheelError: there is none.
+    """
+    registry = read(path)
+    if len(registry.serving) < 2:
+        current = registry.in_service
+        held = f"{current.model!r} is the only model that ever served" if current else "no model is in service"
+        raise FlywheelError(f"cannot roll back: {held}; promote another first.")
+    return _write(path, registry, Step(action="rollback", release=registry.serving[-2], reason=reason, at=at))
+
+
+def _write(path: Path, registry: Registry, step: Step) -> Registry:
+    after = Registry(history=(*registry.history, step))
+    current = after.in_service
+    content = {
+        "in_service": current.model_dump(mode="json") if current else None,
+        **after.model_dump(mode="json"),
+    }
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return after
