@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit(f"set-up: {error}")
     except OSError as error:
         sys.exit(
-            f"set-up: {error.strerror or error}: {error.filename or ROOT}. Make room or mend permissions, then run again."
+            f"set-up: {error.strerror or error}: {error.filename or ROOT}. Make room or mend permissions, then rerun."
         )
 
 
@@ -170,7 +170,7 @@ def apt_install(package: str) -> bool:
     return works(install, quiet) or (works(["apt-get", "update", "-qq"], quiet) and works(install, quiet))
 
 
-def works(command: list[str], environment: "dict[str, str] | None" = None) -> bool:
+def works(command: list[str], environment: dict[str, str] | None = None) -> bool:
     try:
         return subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 0
     except FileNotFoundError:

@@ -8,8 +8,10 @@ people come through the chat service and the annotation page, so `RealPeople` wa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from . import desk
 from .errors import Waiting
 from .records import Candidate, Character, ChatMessage, Judgement, Message, Prompt, Source, Task
 
@@ -72,13 +74,24 @@ class People(Protocol):
 
 
 class RealPeople:
-    """People who come when they come. The pipeline waits for them."""
+    """People who come when they come. The pipeline waits for them; `annotation` is the folder of their desk."""
+
+    def __init__(self, annotation: Path) -> None:
+        self.annotation = annotation
 
     def talk(self, service: Service, characters: Sequence[Character], generation: int, starts: datetime) -> None:
         """Nothing to do: their conversations are in the store already, through `flywheel serve` or an import."""
 
     def judge(self, tasks: Sequence[Task]) -> list[Judgement]:
-        raise Waiting(f"{len(tasks)} annotation tasks await judgement: `flywheel annotate export`, then `import`.")
+        """The judgements of these tasks, once all are in (DESIGN section 10: `flywheel annotate export|import`)."""
+        desk.post(self.annotation, tasks)
+        judged = desk.judgements_of(self.annotation)
+        missing = sum(task.id not in judged for task in tasks)
+        if missing:
+            raise Waiting(
+                f"{missing} of {len(tasks)} annotation tasks await judgement: `flywheel annotate export`, `import`."
+            )
+        return [judged[task.id] for task in tasks]
 
     def live(self, bank: Bank) -> None:
         raise Waiting(f"experiment {bank.experiment} runs until day {bank.days}; run again when it is over.")

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import config
+from .characters import BUNDLED
 from .errors import FlywheelError
 from .pipeline import write_atomically
-
-BUNDLED = Path(__file__).parent / "characters"
 
 
 @dataclass(frozen=True)
