@@ -7,9 +7,9 @@ known one. This module imports neither torch nor transformers.
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import FlywheelError
 
@@ -48,11 +48,19 @@ class CurateConfig(Section):
     """Filters, diversity and strata (PAPER section 1)."""
 
     languages: tuple[str, ...] = ("en",)
+    min_letters: int = Field(2, ge=1, description="a user's message with fewer letters is no prompt")
     clusters: int = Field(12, ge=1)
     keep_share: float = Field(0.8, gt=0, le=1, description="share kept within a cluster")
     annotate_share: float = Field(0.35, gt=0, lt=1)
     train_share: float = Field(0.35, gt=0, lt=1)
     evaluate_share: float = Field(0.15, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
+
+    @model_validator(mode="after")
+    def _leaves_contexts_for_the_experiment(self) -> Self:
+        used = self.annotate_share + self.train_share + self.evaluate_share
+        if used >= 1:
+            raise ValueError(f"annotate_share + train_share + evaluate_share == {used:g}, must be < 1")
+        return self
 
 
 class AnnotateConfig(Section):
