@@ -100,7 +100,7 @@ class ExperimentSummary(Record):
         return f"{self.verdict.replace('_', ' ')}: {self.reason} ({self.users} users)"
 
 
-def make_bank(
+def make_bank(  # noqa: PLR0917 - all of it is what an experiment is
     work: Work,
     config: ExperimentConfig,
     name: str,
@@ -123,13 +123,10 @@ def make_bank(
     contexts = _sample(prompts, config.contexts, work.seed)
     unknown = sorted({prompt.character_id for prompt in contexts} - set(characters))
     if not contexts:
-        raise FlywheelError(
-            f"experiment {name!r}: none of {len(prompts)} prompts is a production user's: collect more."
-        )
+        raise FlywheelError(f"experiment {name!r}: no production user's among {len(prompts)} prompts; collect more.")
     if unknown:
         raise FlywheelError(f"experiment {name!r}: no character {', '.join(unknown)} among those loaded: add them.")
     models = {CONTROL: control, TREATMENT: treatment}
-    sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
     total = len(contexts) * config.replies * len(models)
     replies: dict[str, list[Candidate]] = {arm: [] for arm in models}
     for arm, model in models.items():
@@ -137,7 +134,7 @@ def make_bank(
             chunk = contexts[begin : begin + CONTEXTS_A_CHUNK]
             kept = work.partial / f"{arm}-{begin:05}.jsonl"
             if not kept.exists():
-                drawn = _draw(model, chunk, config.replies, sampling, work.seed, (name, arm))
+                drawn = _draw(model, arm, chunk, config, work.seed)
                 write_atomically(kept, "".join(reply.model_dump_json() + "\n" for reply in drawn))
             replies[arm] += tables.read_jsonl(kept, Candidate)
             on_progress(sum(map(len, replies.values())), total)
@@ -236,14 +233,17 @@ def _sample(prompts: Sequence[Prompt], size: int, seed: int) -> list[Prompt]:
 
 
 def _draw(
-    model: ChatModel, prompts: Sequence[Prompt], n: int, sampling: Sampling, seed: int, key: tuple[str, str]
+    model: ChatModel, arm: str, prompts: Sequence[Prompt], config: ExperimentConfig, seed: int
 ) -> list[Candidate]:
-    """`n` replies to each prompt; seeds do not depend on the arm, ids do."""
+    """Replies to each prompt, with seeds that do not depend on the arm."""
+    sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
     seeds = [derive_seed(seed, "reply", prompt.id) for prompt in prompts]
-    completions = model.complete([prompt.messages for prompt in prompts], n=n, sampling=sampling, seeds=seeds)
+    completions = model.complete(
+        [prompt.messages for prompt in prompts], n=config.replies, sampling=sampling, seeds=seeds
+    )
     return [
         Candidate(
-            id=derive_id(*key, prompt.id, number),
+            id=derive_id(seed, arm, prompt.id, number),
             prompt_id=prompt.id,
             policy=model.name,
             text=completion.text,

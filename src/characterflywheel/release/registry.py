@@ -67,9 +67,7 @@ def read(path: Path) -> Registry:
         registry = Registry(history=json.loads(path.read_text(encoding="utf-8"))["history"])
         registry.serving  # noqa: B018 - replays the history, which a hand edit may have broken
     except (ValueError, KeyError, IndexError, TypeError, ValidationError) as error:
-        raise FlywheelError(
-            f"{path} is not a registry of models ({error}): restore it, or delete it to start anew."
-        ) from error
+        raise FlywheelError(f"{path} is no registry of models ({error}): restore it, or delete it.") from error
     return registry
 
 
