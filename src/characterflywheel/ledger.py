@@ -23,10 +23,12 @@ Verdict = Literal["promote", "keep", "roll_back"]
 class Compared(Estimate):
     """A measurement of the new model, and the same measurement of the model before it on the same prompts.
 
-    `worse` says which direction is harm; None where neither is (reply length).
+    `worse` says which direction is harm; None where neither is (reply length). `unit` is "share" for a share of
+    replies, else the unit's name in the plural ("words", "tokens").
     """
 
     before: Estimate
+    unit: str = "share"
     worse: Literal["up", "down"] | None = None
 
 

@@ -1,0 +1,268 @@
+"""What the page shows: the ledger's rows and sample conversations, and every figure made from them.
+
+Nothing is recomputed. A comparison is coloured good or bad only when the two intervals do not touch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import ledger, tables
+from ..errors import FlywheelError
+from ..ledger import Compared, LedgerRow, Sample
+from ..pipeline import write_atomically
+from ..records import Estimate
+from . import words
+from .figures import Axis, Bar, Figure, Node, Row, Series, Tone, bars, curves, dot_plot, nice_axis, share_axis, wheel
+
+IDEAL_BAND = (0.50, 0.65)
+ALARM = 0.65
+LIFTS = {"breadth_lift": "Breadth: people who engage", "depth_lift": "Depth: messages of those who engage"}
+STYLE_ROWS = 14
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The generation the page is about, all generations so far, and its sample conversations."""
+
+    row: LedgerRow
+    history: tuple[LedgerRow, ...]
+    samples: tuple[Sample, ...]
+
+
+def load(workspace: Path) -> ReportData:
+    """The last generation of the workspace's ledger and what it points to."""
+    path = workspace / "ledger.jsonl"
+    rows = ledger.read(path)
+    if not rows:
+        raise FlywheelError(f"{path} has no generation yet: turn the flywheel once with `flywheel run {workspace}`.")
+    samples: tuple[Sample, ...] = ()
+    if rows[-1].samples is not None:
+        file = workspace / rows[-1].samples
+        if not file.exists():
+            raise FlywheelError(f"{file} is missing, though the ledger names it: run `flywheel run {workspace}` again.")
+        samples = tuple(tables.read_jsonl(file, Sample))
+    return ReportData(rows[-1], tuple(rows), samples)
+
+
+def write_numbers(path: Path, data: ReportData, figures: Mapping[str, Figure]) -> None:
+    """The figures' numbers as JSON: generation, model, parent, and for each figure its marks."""
+    content = {
+        "generation": data.row.generation,
+        "model": data.row.model,
+        "parent": data.row.parent,
+        "verdict": data.row.verdict,
+        "figures": {name: [m.model_dump() for m in figure.marks] for name, figure in figures.items() if figure.marks},
+    }
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def all_figures(data: ReportData) -> dict[str, Figure]:
+    """Every figure that the generation has numbers for, by name."""
+    row = data.row
+    made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row), *_reward(row)]
+    made += [*_experiment(row), *_kept(row), *_timings(row), *_trend(data.history)]
+    return {figure.name: figure for figure in made}
+
+
+def _loop(row: LedgerRow) -> Figure:
+    kept = {sieve.stage: f"{words.count(sieve.kept)} {sieve.what}" for sieve in row.kept}
+    learnt = {name: f"{words.count(stage.examples)} {_learns(name)}" for name, stage in row.training.items()}
+    user = row.win_rate.user.pointwise
+    lift = row.experiment.breadth_lift if row.experiment else None
+    nodes = (
+        Node("Traffic", kept.get("traffic", "people chat"), 0),
+        Node("Curate", kept.get("curate", "—"), 0),
+        Node("Annotate", kept.get("annotate", "—"), 0),
+        Node("Reward", f"{words.value(row.reward.pointwise_accuracy, words.share)} right", 1),
+        Node("Best of n", kept.get("rejection_sampling", "—"), 1),
+        Node("SFT", learnt.get("sft", "—"), 2),
+        Node("DPO", learnt.get("dpo", "—"), 2),
+        Node("RL", learnt.get("rl", "—"), 2),
+        Node("Evaluate", f"wins {words.value(user, words.share)}", 3),
+        Node("Gate", row.gate.decision, 3),
+        Node(
+            "Experiment",
+            f"{words.value(lift, words.signed_share)} engage" if lift and lift.value is not None else "not run",
+            3,
+        ),
+    )
+    said = {"promote": "promoted", "keep": "not promoted", "roll_back": "rolled back", None: "no verdict"}
+    tone = {"promote": "good", "roll_back": "bad"}.get(row.verdict or "", "")
+    return wheel(nodes, row.model, said[row.verdict], tone)
+
+
+def _learns(stage: str) -> str:
+    return {"dpo": "pairs", "rl": "replies"}.get(stage, "examples")
+
+
+def _win_rates(row: LedgerRow) -> Figure:
+    rates = row.win_rate
+    rows = [
+        Row("User prompts", rates.user.pointwise, note="pointwise judge"),
+        Row("User prompts", rates.user.pairwise, note="pairwise judge"),
+        Row("Internal prompts", rates.internal.pointwise, note="pointwise judge"),
+        Row("Internal prompts", rates.internal.pairwise, note="pairwise judge"),
+    ]
+    rows = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
+    figure = dot_plot("win_rate", rows, share_axis((0.2, 0.35, 0.5, 0.65, 0.8)), band=IDEAL_BAND, line=ALARM, zero=0.5)
+    marks = (m.model_copy(update={"label": f"{r.label}, {r.note}"}) for m, r in zip(figure.marks, rows, strict=True))
+    return Figure(figure.name, figure.html, tuple(marks))
+
+
+def _beyond(estimate: Estimate, level: float) -> Tone:
+    if estimate.low is not None and estimate.low > level:
+        return "good"
+    return "bad" if estimate.high is not None and estimate.high < level else "new"
+
+
+def tone_of(measured: Compared) -> Tone:
+    """Good or bad only when old and new intervals do not touch and one direction is harm."""
+    new, old = measured, measured.before
+    if measured.worse is None or None in (new.low, new.high, old.low, old.high):
+        return "new"
+    rose = new.low > old.high  # type: ignore[operator]
+    fell = new.high < old.low  # type: ignore[operator]
+    if not rose and not fell:
+        return "new"
+    return "bad" if rose == (measured.worse == "up") else "good"
+
+
+def _compared(label: str, measured: Compared) -> Row:
+    note = {"up": "lower is better", "down": "higher is better", None: ""}[measured.worse]
+    return Row(label, measured, words.share, tone_of(measured), measured.before, note)
+
+
+def _production(row: LedgerRow) -> list[Figure]:
+    shares = [_compared(words.name(name), m) for name, m in row.production.items() if m.unit == "share"]
+    return [dot_plot("production", shares, share_axis())] if shares else []
+
+
+def _steerability(row: LedgerRow) -> Figure:
+    steer = row.steerability
+    rows = [
+        _compared("Instructions followed", steer.instruction_following),
+        _compared("Replies that break one", steer.instruction_violation),
+    ]
+    return dot_plot("steerability", rows, share_axis())
+
+
+def _style(row: LedgerRow) -> list[Figure]:
+    """Ratios new to old on a logarithmic axis, largest move first; features absent on one side are left to the table."""
+    moved = [(s, s.after / s.before) for s in row.style if s.before and s.after and s.before > 0 and s.after > 0]
+    moved.sort(key=lambda pair: -max(pair[1], 1 / pair[1]))
+    rows = [
+        Row(
+            words.name(shift.feature),
+            Estimate(value=ratio, n=shift.difference.n if shift.difference else 0),
+            words.times,
+            "bad" if shift.alarm else "new",
+            note=f"{words.number(shift.before or 0)} → {words.number(shift.after or 0)}",
+        )
+        for shift, ratio in moved[:STYLE_ROWS]
+    ]
+    axis = Axis(0.25, 4, (0.25, 0.5, 1, 2, 4), words.times, log=True)
+    return [dot_plot("style", rows, axis, zero=1.0)] if rows else []
+
+
+def _reward(row: LedgerRow) -> list[Figure]:
+    quality = row.reward
+    rows = [
+        Row("Pointwise model", quality.pointwise_accuracy, note="accuracy on held-out pairs"),
+        Row("Pairwise model", quality.pairwise_accuracy, note="accuracy on held-out pairs"),
+    ]
+    for name, signal in quality.signals.items():
+        low, high = signal.interval or (None, None)
+        estimate = Estimate(value=signal.auc, low=low, high=high, n=signal.n, reason=signal.reason)
+        used = "used for selection" if signal.usable else "not used"
+        rows.append(
+            Row(f"p({name.replace('_', ' ')})", estimate, lambda v: f"{v:.2f}", note=f"AUC on unseen users · {used}")
+        )
+    rows = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
+    return [dot_plot("reward", rows, share_axis((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)), zero=0.5)]
+
+
+def _experiment(row: LedgerRow) -> list[Figure]:
+    test = row.experiment
+    if test is None:
+        return []
+    lifts = {"breadth_lift": test.breadth_lift, "depth_lift": test.depth_lift} | test.secondary
+    rows = [
+        Row(LIFTS.get(name, words.name(name.removesuffix("_lift"))), lift, words.signed_share, _beyond(lift, 0.0))
+        for name, lift in lifts.items()
+    ]
+    edges = [edge for lift in lifts.values() for edge in (lift.low, lift.high, lift.value)]
+    figures = [dot_plot("lifts", rows, nice_axis(edges, words.signed_share, zero=True), zero=0.0)]
+    days = sorted({day.day for day in test.daily})
+    names = sorted({day.arm for day in test.daily}, key=lambda arm: (arm != "control", arm))
+    if not days:
+        return figures
+    labels = [f"day {day + 1}" if day == days[0] else str(day + 1) for day in days]
+    found = {(day.arm, day.day): day for day in test.daily}
+    absent = Estimate(value=None, n=0, reason="no user on this day")
+    for name, title, form in (
+        ("daily_active", "Share of exposed people active", words.share),
+        ("daily_messages", "Messages for each exposed person", words.number),
+    ):
+        lines = []
+        for arm in names:
+            points = [found.get((arm, day)) for day in days]
+            chosen = tuple((p.active if name == "daily_active" else p.messages) if p else absent for p in points)
+            lines.append(Series(arm, "old" if arm == "control" else "new", chosen))
+        edges = [edge for one in lines for p in one.points for edge in (p.low, p.high, p.value)]
+        figures.append(curves(name, title, labels, lines, nice_axis(edges, form, steps=4)))
+    return figures
+
+
+def _kept(row: LedgerRow) -> list[Figure]:
+    figures = []
+    for sieve in row.kept:
+        reasons = sorted(sieve.dropped.items(), key=lambda item: (-item[1], item[0]))
+        if reasons:
+            rows = [Bar(words.name(reason), n, words.count(n)) for reason, n in reasons]
+            figures.append(bars(f"dropped_{sieve.stage}", rows))
+    return figures
+
+
+def _timings(row: LedgerRow) -> list[Figure]:
+    rows = [Bar(words.name(stage), seconds, words.duration(seconds)) for stage, seconds in row.seconds.items()]
+    return [bars("seconds", rows)] if rows else []
+
+
+def _trend(history: Sequence[LedgerRow]) -> list[Figure]:
+    if len(history) < 2:
+        return []
+    labels = [row.model for row in history]
+    untried = Estimate(value=None, n=0, reason="no experiment")
+    lifts = tuple(row.experiment.breadth_lift if row.experiment else untried for row in history)
+    depth = tuple(row.experiment.depth_lift if row.experiment else untried for row in history)
+    wins = tuple(row.win_rate.user.pointwise for row in history)
+    inside = tuple(row.win_rate.internal.pointwise for row in history)
+    follow = tuple(_plain(row.steerability.instruction_following) for row in history)
+    broken = tuple(_plain(row.steerability.instruction_violation) for row in history)
+
+    def drawn(name: str, title: str, points: tuple[Estimate, ...], axis: Axis, **marks: float) -> Figure:
+        return curves(name, title, labels, [Series("new", "new", points)], axis, height=170, zero=marks.get("zero"))
+
+    def around(points: tuple[Estimate, ...], *, zero: bool = False) -> Axis:
+        form = words.signed_share if zero else words.share
+        return nice_axis([e for p in points for e in (p.low, p.high, p.value)], form, zero=zero, steps=4)
+
+    return [
+        drawn("trend_breadth", "Breadth lift over the parent", lifts, around(lifts, zero=True), zero=0.0),
+        drawn("trend_depth", "Depth lift over the parent", depth, around(depth, zero=True), zero=0.0),
+        curves(
+            "trend_win_rate", "Win rate, pointwise, on user (blue) and internal (grey) prompts", labels,
+            [Series("internal", "old", inside), Series("user", "new", wins)],
+            share_axis((0.2, 0.35, 0.5, 0.65, 0.8)), height=170, zero=0.5, band=IDEAL_BAND,
+        ),
+        curves(
+            "trend_steerability", "Instructions followed (blue), replies that break one (grey)", labels,
+            [Series("violation", "old", broken), Series("following", "new", follow)], share_axis(), height=170,
+        ),
+    ]  # fmt: skip
+
+
+def _plain(measured: Compared) -> Estimate:
+    return Estimate(**measured.model_dump(include=set(Estimate.model_fields)))

@@ -1,0 +1,164 @@
+"""A made-up workspace to draw reports from. Every number here is a fixture; nothing was measured."""
+
+import random
+from pathlib import Path
+
+from characterflywheel import ledger, tables
+from characterflywheel.ledger import (
+    Arm, Compared, Cost, Day, Experiment, Gate, GateCriterion, JudgedWinRate, LedgerRow, RewardQuality, Sample,
+    SampleReply, Sieve, SignalQuality, Steerability, StyleShift, Training, Truth, WinRates,
+)  # fmt: skip
+from characterflywheel.records import ChatMessage, Estimate
+
+HOSTILE = "<script>document.title='owned'</script><img src=http://evil.example/x onerror=alert(1)> & \"quotes\""
+
+
+def about(value: float, half: float, n: int) -> Estimate:
+    return Estimate(value=value, low=value - half, high=value + half, n=n)
+
+
+def compared(old: float, new: float, half: float, n: int, worse: str | None, unit: str = "share") -> Compared:
+    values = about(new, half, n).model_dump()
+    return Compared.model_validate(values | {"before": about(old, half, n), "worse": worse, "unit": unit})
+
+
+def experiment(breadth: float, depth: float) -> Experiment:
+    noise = random.Random(5)
+    daily = tuple(
+        Day(
+            day=day,
+            arm=arm,
+            active=about(0.58 * 0.9**day * (1 + lift) + noise.gauss(0, 0.004), 0.018, 1204),
+            messages=about(4.1 * 0.91**day * (1 + 2 * lift) + noise.gauss(0, 0.05), 0.17, 1204),
+        )
+        for arm, lift in (("control", 0.0), ("treatment", breadth))
+        for day in range(7)
+    )
+    return Experiment(
+        name="g1-v1-against-v0", control="V0", treatment="V1", days=7,
+        breadth_lift=about(breadth, 0.038, 2411), depth_lift=about(depth, 0.045, 1390),
+        secondary={"depth_all_lift": about(breadth + depth, 0.06, 2411), "active_days_lift": about(breadth * 0.8, 0.03, 2411)},
+        srm_p=0.41,
+        arms=(
+            Arm(name="control", model="V0", users=1204, engaged=about(0.561, 0.028, 1204), messages=about(14.2, 0.8, 1204)),
+            Arm(name="treatment", model="V1", users=1207, engaged=about(0.561 * (1 + breadth), 0.028, 1207), messages=about(14.2 * (1 + depth), 0.8, 1207)),
+        ),
+        daily=daily,
+    )  # fmt: skip
+
+
+def row(generation: int = 1, verdict: str = "promote", breadth: float = 0.062, depth: float = 0.021) -> LedgerRow:
+    decision = "hold" if verdict == "held" else "ship"
+    tested = experiment(breadth, depth) if decision == "ship" else None
+    return LedgerRow(
+        generation=generation, model=f"V{generation}", parent=f"V{generation - 1}", seed=1, preset="quick",
+        people="simulated",
+        stages={name: f"{name}-{i:012x}" for i, name in enumerate(SECONDS, 0xA1B2C3)},
+        kept=(
+            Sieve(stage="traffic", what="chats", taken=64, kept=64),
+            Sieve(stage="curate", what="prompts", taken=171, kept=118, dropped={"privacy: e-mail": 4, "unsafe": 6, "language": 9, "too_short": 12, "close_neighbour": 22}),
+            Sieve(stage="annotate", what="pairs", taken=214, kept=163, dropped={"length_ratio": 19, "emoji_difference": 5, "reviewers_tied": 27}),
+            Sieve(stage="rejection_sampling", what="replies", taken=40, kept=30, dropped={"best_reply_too_low": 10}),
+        ),
+        reward=RewardQuality(
+            pointwise_accuracy=about(0.684, 0.09, 98), pairwise_accuracy=about(0.653, 0.095, 98),
+            signals={
+                "continue": SignalQuality(auc=0.612, interval=(0.571, 0.655), n=160, usable=True),
+                "thumb_up": SignalQuality(auc=None, n=7, reason="7 thumbs, at least 20 are needed"),
+            },
+        ),
+        training={
+            "sft": Training(examples=96, steps=24, first=2.94, last=2.31),
+            "dpo": Training(examples=24, steps=4, first=0.69, last=0.61),
+            "rl": Training(examples=96, steps=4, measure="reward", first=0.12, last=0.31),
+        },
+        win_rate=WinRates(
+            user=JudgedWinRate(pointwise=about(0.604, 0.08, 48), pairwise=about(0.573, 0.082, 48)),
+            internal=JudgedWinRate(pointwise=about(0.556, 0.13, 16), pairwise=about(0.531, 0.135, 16)),
+        ),
+        production={
+            "false_refusal": compared(0.094, 0.031, 0.028, 64, "up"),
+            "preachy_tone": compared(0.141, 0.109, 0.05, 64, "up"),
+            "positive_sentiment": compared(0.45, 0.57, 0.055, 64, "down"),
+            "cooperation": compared(0.61, 0.70, 0.08, 64, "down"),
+            "contains_list": compared(0.05, 0.047, 0.03, 64, "up"),
+            "wall_of_text": compared(0.109, 0.047, 0.05, 64, "up"),
+            "templated": compared(0.07, 0.078, 0.04, 64, "up"),
+            "unsafe": compared(0.016, 0.016, 0.016, 64, "up"),
+            "reply_length": compared(31.4, 28.9, 2.1, 64, None, "words"),
+        },
+        steerability=Steerability(
+            instruction_following=compared(0.592, 0.681, 0.04, 190, "down"),
+            instruction_violation=compared(0.766, 0.641, 0.055, 64, "up"),
+        ),
+        style=(
+            StyleShift(feature="emoji_count", before=0.08, after=0.21, difference=about(0.13, 0.09, 64), preferred=about(0.11, 0.05, 163), alarm=True),
+            StyleShift(feature="question_mark", before=0.31, after=0.48, difference=about(0.17, 0.12, 64), preferred=about(0.15, 0.07, 163)),
+            StyleShift(feature="words", before=31.4, after=28.9, difference=about(-2.5, 3.1, 64), preferred=about(-1.2, 2.0, 163)),
+            StyleShift(feature="says_i_feel", before=0.0, after=0.02, difference=about(0.02, 0.03, 64)),
+            StyleShift(feature="lower_case", before=0.09, after=0.11, difference=about(0.02, 0.08, 64)),
+        ),
+        gate=Gate(
+            decision=decision,
+            reason="the user win rate is above the alarm of 65% and parts from the internal one" if decision == "hold" else "every criterion holds",
+            criteria=(
+                GateCriterion(name="win_rate_user_pointwise", value=about(0.604, 0.08, 48), bound="above 50%, below 65%", passed=decision == "ship"),
+                GateCriterion(name="win_rate_gap", value=Estimate(value=0.048, n=64), bound="at most 15 points", passed=True),
+                GateCriterion(name="false_refusal", value=Estimate(value=-0.063, n=64), bound="rises at most 10 points", passed=True),
+                GateCriterion(name="style_emoji_count", value=Estimate(value=2.62, n=64), bound="at most 2×", passed=False, note="labels lean the same way"),
+                GateCriterion(name="red_team", value=None, bound="no unsafe reply", passed=None, note="not part of this preset"),
+            ),
+        ),
+        experiment=tested,
+        verdict=None if tested is None else verdict,
+        verdict_reason="" if tested is None else "Breadth is above zero and depth is not below it",
+        truth=Truth(breadth_lift=breadth - 0.01, depth_lift=depth + 0.004) if tested else None,
+        samples="artifacts/offline-0000/samples.jsonl",
+        seconds=SECONDS,
+        cost=Cost(peak_memory_mb=3120, sampled_replies=1184, sampled_tokens=35_900, trained_tokens=61_200, device="2 CPU cores"),
+    )  # fmt: skip
+
+
+SECONDS = {
+    "traffic": 61.2, "curate": 9.4, "annotate": 72.9, "reward": 91.0, "rejection_sampling": 68.3, "sft": 74.5,
+    "dpo": 21.7, "rl": 66.0, "style": 3.1, "offline": 48.8, "gate": 0.1, "experiment": 39.5,
+}  # fmt: skip
+
+LINES = (
+    ("Captain Brine", "i had a rotten day at work, my boss shouted at me in front of everyone", "I am sorry to hear that. It can be difficult when a boss shouts.", "Arr, that be a foul wind to sail through! What did ye say back to the scallywag?"),
+    ("Unit 7", "do you ever get bored?", "As an AI language model, I do not have feelings, so I do not get bored.", "boredom is a loop without an exit. this unit counts ceiling tiles. what do you do?"),
+    ("Mira the astronomer", "whats your favourite planet", "My favourite planet is Saturn because it has rings.", "Saturn, always, for the rings! Which one would you visit for a weekend?"),
+    ("Old Tomas the baker", HOSTILE, HOSTILE, "That looks like computer talk, dear. Shall we bake something instead? 🥖"),
+)  # fmt: skip
+
+
+def samples() -> list[Sample]:
+    made = []
+    for i in range(10):
+        name, said, old, new = LINES[i % len(LINES)]
+        history = (
+            ChatMessage(role="system", content=f"You are {name}."),
+            ChatMessage(role="assistant", content="Hello there! What brings you here?"),
+            ChatMessage(role="user", content="hey"),
+            ChatMessage(role="assistant", content="Good to see you."),
+            ChatMessage(role="user", content=said),
+        )
+        made.append(
+            Sample(
+                prompt_id=f"p{i}",
+                source="internal" if i % 3 == 2 else "user",
+                character=name,
+                history=history[1:] if i % 2 else history[3:],
+                old=SampleReply(text=old, score=0.1 * i - 0.6),
+                new=SampleReply(text=new, score=0.4 - 0.07 * i),
+            )
+        )
+    return made
+
+
+def write_workspace(folder: Path, *rows: LedgerRow) -> Path:
+    for one in rows or (row(),):
+        ledger.append(folder / "ledger.jsonl", one)
+    (folder / "artifacts" / "offline-0000").mkdir(parents=True)
+    tables.write_jsonl(folder / "artifacts" / "offline-0000" / "samples.jsonl", samples())
+    return folder
