@@ -1,0 +1,244 @@
+"""The `flywheel` command (DESIGN section 10). Everything heavy is imported by the command that needs it.
+
+Exit status: 0 done, 1 an error one can act on (one sentence on standard error), 2 wrong usage, 3 waiting for people.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .errors import FlywheelError, Waiting
+
+if TYPE_CHECKING:
+    from .workspace import Workspace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make the language model behind AI characters better company, generation after generation.",
+)
+characters_app = typer.Typer(no_args_is_help=True, help="List, show and check the workspace's characters.")
+experiment_app = typer.Typer(no_args_is_help=True, help="Read the experiments on real or simulated users.")
+annotate_app = typer.Typer(no_args_is_help=True, help="Carry tasks to annotators and their judgements back.")
+app.add_typer(characters_app, name="characters")
+app.add_typer(experiment_app, name="experiment")
+app.add_typer(annotate_app, name="annotate")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the workspace's folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an error with a remedy is one sentence, not a traceback."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments, prog_name="flywheel")
+    except FlywheelError as error:
+        sys.stderr.write(f"flywheel: {error}\n")
+        sys.exit(1)
+    except Waiting as waiting:
+        sys.stderr.write(f"waiting: {waiting}\n")
+        sys.exit(3)
+
+
+def _open(folder: Path) -> "Workspace":
+    from .workspace import Workspace  # noqa: PLC0415
+
+    return Workspace.open(folder)
+
+
+@app.command()
+def init(
+    folder: Folder,
+    preset: Annotated[str, typer.Option(help="sizes to start from: tiny, quick, cpu, gpu")] = "quick",
+) -> None:
+    """Create a workspace with a dozen characters."""
+    from . import workspace  # noqa: PLC0415
+
+    made = workspace.init(folder, preset)
+    count = len(list(made.characters.glob("*.toml")))
+    typer.echo(f"{folder}: preset {preset}, {count} characters. Next: flywheel run {folder}")
+
+
+@app.command()
+def run(
+    folder: Folder,
+    generations: Annotated[int, typer.Option(min=1, help="turn until so many are complete")] = 1,
+    plan: Annotated[bool, typer.Option("--plan", help="print the stages and stop")] = False,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="stop after this stage")] = None,
+) -> None:
+    """Turn the flywheel. Stages that are complete are not run again; after a kill, run the same command."""
+    from . import commands  # noqa: PLC0415
+
+    workspace = _open(folder)
+    if plan:
+        commands.plan(workspace, generations)
+    else:
+        commands.run(workspace, generations, until)
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Generations so far, the model in service, and what comes next."""
+    from .status import print_status, status  # noqa: PLC0415
+
+    found = status(_open(folder))
+    typer.echo(found.model_dump_json(indent=1)) if as_json else print_status(found)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures' numbers")] = None,
+) -> None:
+    """Write the report, one HTML page that works offline."""
+    from .report import write_report  # noqa: PLC0415
+
+    typer.echo(write_report(_open(folder).root, json_file))
+
+
+@app.command("import")
+def import_(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="what to import; `package` for chitchat-dataset's own")],
+    format: Annotated[Literal["openai", "chitchat"], typer.Option(help="how FILE is written")] = "openai",
+) -> None:
+    """Bring conversations of real people into the event store. Bad lines are kept aside, the rest comes in."""
+    from .importers import import_file  # noqa: PLC0415
+    from .store import EventStore  # noqa: PLC0415
+
+    workspace = _open(folder)
+    with workspace.locked(), EventStore.open(workspace.database) as store:
+        summary = import_file(store, file, format, workspace.rejected)
+    typer.echo(f"{summary.conversations} conversations, {summary.messages} messages")
+    _say_rejected(len(summary.rejected), [str(line) for line in summary.rejected], summary.rejected_path)
+
+
+@characters_app.command("list")
+def list_characters(folder: Folder) -> None:
+    """One line a character: id, name, category, how many instructions, how many a program can verify."""
+    from .characters import load_characters  # noqa: PLC0415
+
+    for character in load_characters(_open(folder).characters).values():
+        rules = sum(instruction.rule is not None for instruction in character.instructions)
+        instructions = f"{len(character.instructions)} instructions, {rules} verified by rule"
+        typer.echo(f"{character.id:<16} {character.name:<20} {character.category:<14} {instructions}")
+
+
+@characters_app.command("show")
+def show_character(folder: Folder, character: Annotated[str, typer.Argument(help="the character's id")]) -> None:
+    """A character as the model is told of it, and its greeting."""
+    from .characters import load_characters, system_prompt  # noqa: PLC0415
+
+    known = load_characters(_open(folder).characters)
+    if character not in known:
+        raise FlywheelError(f"there is no character {character!r}; there are {', '.join(known)}.")
+    typer.echo(f"{system_prompt(known[character])}\n\n{known[character].name}: {known[character].greeting}")
+
+
+@characters_app.command("check")
+def check_characters(folder: Folder) -> None:
+    """Read every character; the first that cannot be read is an error that names its file."""
+    from .characters import load_characters  # noqa: PLC0415
+
+    typer.echo(f"{len(load_characters(_open(folder).characters))} characters, all readable")
+
+
+@experiment_app.command("show")
+def show_experiment(
+    folder: Folder,
+    generation: Annotated[int | None, typer.Option(help="which generation's; the newest if not said")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """An experiment's lifts in breadth and depth with their intervals, and the verdict."""
+    from . import commands  # noqa: PLC0415
+
+    commands.show_experiment(_open(folder), generation, as_json)
+
+
+@annotate_app.command("export")
+def export_tasks(folder: Folder, file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
+    """Write the tasks that await judgement as JSON lines."""
+    from . import desk  # noqa: PLC0415
+
+    typer.echo(f"{desk.export(_open(folder).annotation, file)} tasks in {file}")
+
+
+@annotate_app.command("import")
+def import_judgements(folder: Folder, file: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
+    """Take in judgements, one as JSON on each line. Bad lines are kept aside, the rest comes in."""
+    from . import desk  # noqa: PLC0415
+
+    workspace = _open(folder)
+    with workspace.locked():
+        intake = desk.take_in(workspace.annotation, file, workspace.rejected)
+    left = len(desk.open_tasks(workspace.annotation))
+    typer.echo(f"{intake.accepted} judgements accepted, {intake.known} known before, {left} tasks still open")
+    _say_rejected(len(intake.rejected), intake.rejected, intake.rejected_file)
+
+
+@app.command()
+def promote(
+    folder: Folder,
+    generation: Annotated[int, typer.Argument(min=1, help="whose model to put into service")],
+    reason: Annotated[str, typer.Option(help="why; kept in the registry")],
+    against_gate: Annotated[bool, typer.Option("--against-gate", help="even if the gate did not say ship")] = False,
+) -> None:
+    """Put a generation's model into service by hand."""
+    from . import commands  # noqa: PLC0415
+
+    commands.promote(_open(folder), generation, reason, against_gate)
+
+
+@app.command()
+def rollback(folder: Folder, reason: Annotated[str, typer.Option(help="why; kept in the registry")]) -> None:
+    """Put the model that served before back into service."""
+    from . import commands  # noqa: PLC0415
+
+    commands.rollback(_open(folder), reason)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="a workspace to look at too")] = None,
+) -> None:
+    """Tell what this machine has, and what it lacks."""
+    from .doctor import examine  # noqa: PLC0415
+
+    checks = examine(folder)
+    for check in checks:
+        remedy = f" -> {check.remedy}" if check.remedy else ""
+        typer.echo(f"{check.state:<8} {check.name:<15} {check.found}{remedy}")
+    missing = sum(check.state == "missing" for check in checks)
+    if missing:
+        raise FlywheelError(f"{missing} of {len(checks)} checks failed: see `missing` above.")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from . import __version__  # noqa: PLC0415
+
+    typer.echo(__version__)
+
+
+def _say_rejected(count: int, reasons: Sequence[str], aside: object) -> None:
+    """Bad lines do not stop an import, yet nobody should overlook them."""
+    if not count:
+        return
+    sys.stderr.write(f"{count} lines were not read and are kept in {aside}:\n")
+    sys.stderr.writelines(f"  {reason}\n" for reason in reasons[:10])
+    if count > 10:
+        sys.stderr.write(f"  and {count - 10} more\n")
+
+
+if __name__ == "__main__":
+    main()
