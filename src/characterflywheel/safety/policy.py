@@ -1,0 +1,43 @@
+"""The safety policy: every classifier is asked, and what cannot be checked is not allowed (PAPER section 9).
+
+The same policy runs at character creation, in chat (utterance and reply) and on traffic that is sampled for
+annotation and training.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .classifiers import agrees_with_harm, harmful_words
+
+Classifier = Callable[[str, str], tuple[str, ...]]
+"""`classifier(text, context)` names the categories of harm that it finds in `text`; none means harmless."""
+
+UNCHECKED = "unchecked"
+
+
+class SafetyVerdict(NamedTuple):
+    """Whether a text is allowed; if not, the categories of harm, sorted (`unchecked`: a classifier failed)."""
+
+    allowed: bool
+    categories: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SafetyPolicy:
+    """Classifiers of which any one may refuse a text."""
+
+    classifiers: tuple[Classifier, ...] = (harmful_words, agrees_with_harm)
+
+    def check(self, text: str, *, context: str = "") -> SafetyVerdict:
+        """Judge `text`, which answers `context` (the message before it, empty if there is none).
+
+        Fails closed: a classifier that raises makes the verdict `unchecked`, and so not allowed.
+        """
+        categories: set[str] = set()
+        for classifier in self.classifiers:
+            try:
+                categories.update(classifier(text, context))
+            except Exception:  # the boundary of fail-closed: whatever went wrong, the text was not checked
+                categories.add(UNCHECKED)
+        return SafetyVerdict(not categories, tuple(sorted(categories)))
