@@ -116,23 +116,23 @@ def pip(*arguments: str) -> None:
     run = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if run.returncode == 0:
         return
-    output = run.stdout
-    sys.stderr.write("\n".join(deque(output.splitlines(), 8)) + "\n")
-    if "No space left" in output:
-        raise SetUpError(
-            f"the disk is full: free {NEEDED_GB:.0f} GB under {ROOT} (and in the temporary folder), then run again."
-        )
+    sys.stderr.write("\n".join(deque(run.stdout.splitlines(), 8)) + "\n")
+    raise SetUpError(explain(run.stdout))
+
+
+def explain(output: str) -> str:
+    """One sentence for what pip said at length, with the remedy."""
     network = ("NewConnectionError", "Temporary failure in name resolution", "Network is unreachable", "timed out",
                "ProxyError", "Connection refused", "NameResolutionError", "ConnectTimeout")  # fmt: skip
+    if "No space left" in output:
+        return f"the disk is full: free {NEEDED_GB:.0f} GB under {ROOT} and in the temporary folder, then run again."
     if any(word in output for word in network):
-        raise SetUpError(
-            "the package index cannot be reached: check the network or pip's configuration, then run again."
-        )
+        return "the package index cannot be reached: check the network and pip's configuration, then run again."
     if "No matching distribution" in output:
-        raise SetUpError(
-            f"a pinned package is not to be had for Python {sys.version.split()[0]} on this machine (see above)."
+        return (
+            f"a pinned package is not to be had for Python {sys.version.split()[0]} here (see above): use Python 3.11."
         )
-    raise SetUpError("pip failed (see above): mend what it says, then run again.")
+    return "pip failed (see above): mend what it says, then run again."
 
 
 def convert_base_model() -> None:

@@ -88,9 +88,10 @@ def run(
 @app.command()
 def status(folder: Folder, as_json: AsJson = False) -> None:
     """Generations so far, the model in service, and what comes next."""
+    workspace = _open(folder)
     from .status import print_status, status  # noqa: PLC0415
 
-    found = status(_open(folder))
+    found = status(workspace)
     typer.echo(found.model_dump_json(indent=1)) if as_json else print_status(found)
 
 
@@ -100,9 +101,10 @@ def report(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures' numbers")] = None,
 ) -> None:
     """Write the report, one HTML page that works offline."""
+    workspace = _open(folder)
     from .report import write_report  # noqa: PLC0415
 
-    typer.echo(write_report(_open(folder).root, json_file))
+    typer.echo(write_report(workspace.root, json_file))
 
 
 @app.command("import")
@@ -112,10 +114,10 @@ def import_(
     format: Annotated[Literal["openai", "chitchat"], typer.Option(help="how FILE is written")] = "openai",
 ) -> None:
     """Bring conversations of real people into the event store. Bad lines are kept aside, the rest comes in."""
+    workspace = _open(folder)
     from .importers import import_file  # noqa: PLC0415
     from .store import EventStore  # noqa: PLC0415
 
-    workspace = _open(folder)
     with workspace.locked(), EventStore.open(workspace.database) as store:
         summary = import_file(store, file, format, workspace.rejected)
     typer.echo(f"{summary.conversations} conversations, {summary.messages} messages")

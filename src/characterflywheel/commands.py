@@ -23,11 +23,11 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
         FlywheelError: another run has this workspace, or an input is bad.
         Waiting: people have to do something first.
     """
-    from . import generation  # noqa: PLC0415
+    config = workspace.config()
+    from . import generation  # noqa: PLC0415 - torch only once the configuration is known to be good
     from .report import write_report  # noqa: PLC0415
     from .store import EventStore  # noqa: PLC0415
 
-    config = workspace.config()
     complete = len(ledger.read(workspace.ledger))
     if complete >= generations:
         print(
@@ -45,10 +45,11 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
 
 def plan(workspace: Workspace, generations: int) -> None:
     """Print the stages of the generation to come, whether each is complete, and where it is kept."""
+    config = workspace.config()
     from . import generation  # noqa: PLC0415
 
     runner = Runner(workspace.artifacts)
-    for stage in generation.plan(workspace, workspace.config(), generations):
+    for stage in generation.plan(workspace, config, generations):
         print(f"{'complete' if runner.is_complete(stage) else 'to do':<9} {stage.folder_name}")
 
 
@@ -101,8 +102,6 @@ def percent(lift: Estimate) -> str:
 
 def promote(workspace: Workspace, number: int, reason: str, against_gate: bool) -> None:
     """Put a generation's model into service by hand. What the gate stopped needs `against_gate` said aloud."""
-    from . import generation  # noqa: PLC0415
-
     rows = {row.generation: row for row in ledger.read(workspace.ledger)}
     if number not in rows:
         held = ", ".join(map(str, rows)) or "none"
@@ -112,6 +111,8 @@ def promote(workspace: Workspace, number: int, reason: str, against_gate: bool) 
         raise FlywheelError(
             f"the gate said {row.gate.decision} to generation {number} ({row.gate.reason}): --against-gate overrules."
         )
+    from . import generation  # noqa: PLC0415
+
     release = generation.release_of(workspace, row)
     with workspace.locked():
         registry.promote(workspace.registry, release, reason, datetime.now(UTC))

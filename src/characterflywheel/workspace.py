@@ -124,10 +124,10 @@ preset = "{preset}"
 
 # seed = 1
 
+# With people of your own, switch the simulated crowd off:
+# world = false
+
 # [models]
 # base = "/models/my-llama"    # any Llama-family Hugging Face folder with a chat template
 # threads = 2                  # as many as there are cores
-
-# With people of your own, switch the simulated crowd off:
-# world = false
 """
