@@ -1,0 +1,63 @@
+"""From messages to token segments: the model's own chat template, split where prefixes are shared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import FlywheelError
+from ..records import ChatMessage
+from .shared_prefix import Segment
+
+
+class ChatFormat:
+    """Tokenises conversations with a tokenizer's chat template; long histories lose their oldest turns."""
+
+    def __init__(self, tokenizer: Any, max_prompt_tokens: int) -> None:
+        if not tokenizer.chat_template:
+            raise FlywheelError("the model's tokenizer has no chat template: add `chat_template` to its folder.")
+        self.tokenizer, self.max_prompt_tokens = tokenizer, max_prompt_tokens
+        self._cache: dict[tuple[ChatMessage, ...], Segment] = {}
+
+    def prompt(self, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment]:
+        """The system prompt's tokens, and the rest up to where the assistant's reply begins.
+
+        When both are longer than `max_prompt_tokens`, the oldest turns go first, the system prompt never; a last
+        message that alone is too long loses its beginning.
+        """
+        messages = tuple(messages)
+        system = messages[:1] if messages and messages[0].role == "system" else ()
+        turns = messages[len(system) :]
+        head = self._head(system) if system else ()
+        room = self.max_prompt_tokens - len(head)
+        if room < 16:
+            raise FlywheelError(
+                f"the system prompt has {len(head)} tokens, the limit for prompts is {self.max_prompt_tokens}: "
+                "shorten the character or raise max_prompt_tokens."
+            )
+        while True:
+            rest = self._render((*system, *turns))[len(head) :]
+            if len(rest) <= room:
+                return head, rest
+            if len(turns) <= 1:
+                return head, rest[-room:]
+            turns = turns[2:] if len(turns) > 2 else turns[1:]
+
+    def reply(self, text: str) -> Segment:
+        """A reply's tokens, with the end-of-turn token that the model must learn to say."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self.tokenizer.eos_token_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _head(self, system: tuple[ChatMessage, ...]) -> Segment:
+        """The tokens common to every conversation under this system prompt."""
+        if system not in self._cache:
+            one, two = (self._render((*system, ChatMessage(role="user", content=c))) for c in ("a", "1"))
+            same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
+            self._cache[system] = one[:same]
+        return self._cache[system]
+
+    def _render(self, messages: Sequence[ChatMessage]) -> Segment:
+        plain = [m.model_dump() for m in messages]
+        ids = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+        return tuple(ids)

@@ -1,0 +1,178 @@
+"""One forward pass over token sequences that share prefixes, with gradients (DESIGN section 6).
+
+Our workload is long histories with several short replies. Sequences are given as paths of segments (system prompt,
+history, reply); equal segments under the same parent are computed once. All tokens lie in one flat batch, so the
+linear layers see no padding; attention runs once a tree under a mask that lets a token see its own segment up to
+itself and everything on its path from the root. The result equals separate padded sequences to float accuracy.
+
+Works on the modules of Hugging Face Llama-family models, whose weights stay where they are (LoRA, autocast and
+optimisers see nothing unusual).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import FlywheelError
+
+FAMILY = ("llama", "mistral", "qwen2")
+
+Segment = tuple[int, ...]
+Path = tuple[Segment, ...]
+
+
+class Tree(NamedTuple):
+    """Rows `start:stop` of the flat batch and their (stop - start)² attention mask, True where a row may look."""
+
+    start: int
+    stop: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Token paths laid out in one flat batch of N rows.
+
+    `ids`, `positions`: shape (N,). `rows[i]`: the rows of path i from root to leaf, shape (length of path i,).
+    """
+
+    ids: Tensor
+    positions: Tensor
+    trees: tuple[Tree, ...]
+    rows: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.numel())
+
+
+def plant(paths: Sequence[Path], device: torch.device | str = "cpu") -> Forest:
+    """Lay paths out, each distinct (parent, segment) once. Paths need at least one token."""
+    children: dict[tuple[int, Segment], int] = {}
+    parent: list[int] = []
+    segments: list[Segment] = []
+    leaves: list[int] = []
+    for path in paths:
+        node = -1
+        for segment in path:
+            if not segment:
+                continue
+            key = (node, segment)
+            if key not in children:
+                children[key] = len(segments)
+                segments.append(segment)
+                parent.append(node)
+            node = children[key]
+        if node < 0:
+            raise FlywheelError("an empty token sequence cannot be run: give each path at least one token.")
+        leaves.append(node)
+    ancestors: list[tuple[int, ...]] = []
+    for node, above in enumerate(parent):
+        ancestors.append((*(ancestors[above] if above >= 0 else ()), node))
+    order = sorted(range(len(segments)), key=lambda n: (ancestors[n][0], n))
+    start, ids, positions, owner = [0] * len(segments), [], [], []
+    for node in order:
+        start[node] = len(ids)
+        depth = sum(len(segments[a]) for a in ancestors[node][:-1])
+        ids.extend(segments[node])
+        positions.extend(range(depth, depth + len(segments[node])))
+        owner.extend([node] * len(segments[node]))
+    owners = torch.tensor(owner)
+    sees = torch.zeros(len(segments), len(segments), dtype=torch.bool)
+    for node, line in enumerate(ancestors):
+        sees[node, list(line)] = True
+    trees, root_of = [], torch.tensor([ancestors[n][0] for n in owner])
+    for root in sorted({a[0] for a in ancestors}):
+        inside = torch.nonzero(root_of == root).flatten()
+        low, high = int(inside[0]), int(inside[-1]) + 1
+        local = owners[low:high]
+        mask = sees[local][:, local] & torch.ones(high - low, high - low, dtype=torch.bool).tril()
+        trees.append(Tree(low, high, mask.to(device)))
+    rows = tuple(
+        torch.cat([torch.arange(start[a], start[a] + len(segments[a])) for a in ancestors[leaf]]).to(device)
+        for leaf in leaves
+    )
+    return Forest(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(trees), rows)
+
+
+def check_family(config: Any) -> None:
+    """Refuse architectures whose layers this forward does not know."""
+    if config.model_type not in FAMILY:
+        raise FlywheelError(f"model type {config.model_type!r} is not of the Llama family ({', '.join(FAMILY)}).")
+
+
+def hidden_states(
+    backbone: Any, forest: Forest, *, layers: int | None = None, keep: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
+    """Final normalised states of every row, shape (N, width).
+
+    `backbone` is the `model` of a `LlamaForCausalLM`. `layers` stops after so many layers. `keep` collects each
+    layer's rotated keys and its values, shape (N, key-value heads, head size), for a sampler to go on from.
+    """
+    x = backbone.embed_tokens(forest.ids)
+    cos, sin = backbone.rotary_emb(x.unsqueeze(0), position_ids=forest.positions.unsqueeze(0))
+    cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+    for layer in backbone.layers[:layers]:
+        q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
+        if keep is not None:
+            keep.append((k, v))
+        mixed = torch.cat([_attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees])
+        x = finish_layer(layer, x, mixed)
+    return backbone.norm(x)  # type: ignore[no-any-return]
+
+
+def project(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values: (rows, heads, head size). `cos`, `sin`: (rows, 1, head size)."""
+    size = attention.head_dim
+    q = attention.q_proj(x).unflatten(-1, (-1, size))
+    k = attention.k_proj(x).unflatten(-1, (-1, size))
+    v = attention.v_proj(x).unflatten(-1, (-1, size))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def finish_layer(layer: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    """Output projection, residuals and feed-forward of a layer; `mixed` is attention's result (rows, width)."""
+    x = x + layer.self_attn.o_proj(mixed)
+    return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1).flatten(1)
+
+
+class ReplyTokens(NamedTuple):
+    """Log-probabilities of reply tokens, flat over paths: `path[j]` says whose token j is. Shapes (S,)."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    path: Tensor
+
+
+def reply_logprobs(model: Any, paths: Sequence[Path], *, temperature: float = 1.0, device: str = "cpu") -> ReplyTokens:
+    """Log-probabilities of the last segment of every path, given what comes before it on the path.
+
+    `model` is a `LlamaForCausalLM`; only the rows that predict a reply token go through its head. `entropy` is
+    that of the next-token distribution, detached.
+    """
+    forest = plant(paths, device)
+    states = hidden_states(model.model, forest)
+    before = torch.cat([rows[-len(p[-1]) - 1 : -1] for rows, p in zip(forest.rows, paths, strict=True)])
+    targets = torch.cat([forest.ids[rows[-len(p[-1]) :]] for rows, p in zip(forest.rows, paths, strict=True)])
+    owner = torch.cat([torch.full((len(p[-1]),), i, device=device) for i, p in enumerate(paths)])
+    logits = model.lm_head(states[before]).float() / temperature
+    logs = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        entropy = -(logs.exp() * logs).sum(-1)
+    return ReplyTokens(logs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy, owner)
