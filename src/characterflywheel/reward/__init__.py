@@ -1,0 +1,1 @@
+"""Reward models: preference first, user signals as auxiliaries (PAPER section 3)."""
