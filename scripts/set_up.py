@@ -128,6 +128,8 @@ def explain(output: str) -> str:
         return f"the disk is full: free {NEEDED_GB:.0f} GB under {ROOT} and in the temporary folder, then run again."
     if any(word in output for word in network):
         return "the package index cannot be reached: check the network and pip's configuration, then run again."
+    if "(from versions: none)" in output:
+        return "the package index cannot be reached, or has nothing for this Python: check both, then run again."
     if "No matching distribution" in output:
         return (
             f"a pinned package is not to be had for Python {sys.version.split()[0]} here (see above): use Python 3.11."

@@ -30,6 +30,10 @@ def script() -> dict[str, Any]:
             "WARNING: Retrying ... NewConnectionError ...\nERROR: No matching distribution found for duckdb==2.0.0",
             "the package index cannot be reached",
         ),
+        (
+            "ERROR: ... duckdb==2.0.0 (from versions: none)\nERROR: No matching ...",
+            "the package index cannot be reached",
+        ),
         ("ERROR: No matching distribution found for torch==2.13.0", "a pinned package is not to be had"),
         ("ERROR: something new", "pip failed"),
     ],
