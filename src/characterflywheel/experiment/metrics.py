@@ -231,7 +231,8 @@ def _days(rows: list[tuple[date, str, int, int, int]]) -> tuple[DayRow, ...]:
 @contextmanager
 def _connect(export: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """An in-memory database with the export's files as tables, times in UTC without zone."""
-    with duckdb.connect(":memory:", config={"TimeZone": "UTC", "threads": 2}) as database:
+    with duckdb.connect(":memory:", config={"threads": 2}) as database:
+        database.execute("set TimeZone = 'UTC'")
         for table in ("messages", "exposures", "users"):
             path = export / f"{table}.parquet"
             if not path.is_file():
