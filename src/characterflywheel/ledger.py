@@ -86,12 +86,16 @@ class StyleShift(Record):
 
 
 class GateCriterion(Record):
-    """One line of the gate. `passed` is None where the criterion could not be measured, which does not pass."""
+    """One line of the gate; the fields are those of `release.gate.Criterion`.
+
+    `passed` is None where it could not be measured, which does not pass; `severity` is what failing it leads to.
+    """
 
     name: str
-    value: Estimate | None
-    bound: str
+    value: Estimate | float | None
+    bound: float
     passed: bool | None
+    severity: Literal["hold", "reject"] = "hold"
     note: str = ""
 
 
@@ -104,22 +108,25 @@ class Gate(Record):
 
 
 class Arm(Record):
-    """One arm of the experiment: who met it, what share engaged, how many messages each exposed user sent."""
+    """One arm of the experiment: who met it and what they did; means over its users but where said otherwise."""
 
     name: str
     model: str
     users: int
-    engaged: Estimate
-    messages: Estimate
+    engaged_share: float | None
+    messages_per_user: float | None
+    messages_per_engaged_user: float | None = None
+    active_days_per_user: float | None = None
 
 
 class Day(Record):
-    """One day of one arm: share of its exposed users who were active, and messages per exposed user."""
+    """One calendar day of one arm: its users exposed so far, those of them active, and their messages."""
 
-    day: int = Field(ge=0, description="days since a user's first exposure, from 0")
+    day: int = Field(ge=0, description="days since the experiment's first exposure, from 0")
     arm: str
-    active: Estimate
-    messages: Estimate
+    users: int
+    active_users: int
+    messages: int
 
 
 class Experiment(Record):

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import ledger, tables
+from .. import intervals, ledger, tables
 from ..errors import FlywheelError
-from ..ledger import Compared, LedgerRow, Sample
+from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
 from ..records import Estimate
 from . import words
@@ -18,7 +18,13 @@ from .figures import Axis, Bar, Figure, Node, Row, Series, Tone, bars, curves, d
 
 IDEAL_BAND = (0.50, 0.65)
 ALARM = 0.65
-LIFTS = {"breadth_lift": "Breadth: people who engage", "depth_lift": "Depth: messages of those who engage"}
+LIFTS = {
+    "breadth_lift": ("Breadth", "people who engage"),
+    "depth_lift": ("Depth", "messages of those who engage"),
+    "depth_all": ("Messages of all exposed", ""),
+    "active_days": ("Active days", ""),
+    "balance": ("Before the test", "should hold zero"),
+}
 STYLE_ROWS = 14
 
 
@@ -129,27 +135,34 @@ def tone_of(measured: Compared) -> Tone:
     return "bad" if rose == (measured.worse == "up") else "good"
 
 
-def _compared(label: str, measured: Compared) -> Row:
-    note = {"up": "lower is better", "down": "higher is better", None: ""}[measured.worse]
+def _compared(label: str, measured: Compared, note: str = "") -> Row:
     return Row(label, measured, words.share, tone_of(measured), measured.before, note)
 
 
 def _production(row: LedgerRow) -> list[Figure]:
-    shares = [_compared(words.name(name), m) for name, m in row.production.items() if m.unit == "share"]
-    return [dot_plot("production", shares, share_axis())] if shares else []
+    """Flaws and qualities apart: the direction that is better is then said once, and small shares get a wide axis."""
+    groups = {"production_flaws": "up", "production_qualities": "down", "production_others": None}
+    figures = []
+    for figure, worse in groups.items():
+        found = {name: m for name, m in row.production.items() if m.unit == "share" and m.worse == worse}
+        if found:
+            edges = [edge for m in found.values() for e in (m, m.before) for edge in (e.value, e.high)]
+            axis = nice_axis(edges, lambda v: f"{100 * v:g}%", zero=True, steps=4)
+            figures.append(dot_plot(figure, [_compared(words.name(name), m) for name, m in found.items()], axis))
+    return figures
 
 
 def _steerability(row: LedgerRow) -> Figure:
     steer = row.steerability
     rows = [
-        _compared("Instructions followed", steer.instruction_following),
-        _compared("Replies that break one", steer.instruction_violation),
+        _compared("Instructions followed", steer.instruction_following, "higher is better"),
+        _compared("Replies that break one", steer.instruction_violation, "lower is better"),
     ]
     return dot_plot("steerability", rows, share_axis())
 
 
 def _style(row: LedgerRow) -> list[Figure]:
-    """Ratios new to old on a logarithmic axis, largest move first; features absent on one side are left to the table."""
+    """Ratios new to old on a logarithmic axis, largest move first; features absent on one side are in the table."""
     moved = [(s, s.after / s.before) for s in row.style if s.before and s.after and s.before > 0 and s.after > 0]
     moved.sort(key=lambda pair: -max(pair[1], 1 / pair[1]))
     rows = [
@@ -168,19 +181,23 @@ def _style(row: LedgerRow) -> list[Figure]:
 
 def _reward(row: LedgerRow) -> list[Figure]:
     quality = row.reward
-    rows = [
-        Row("Pointwise model", quality.pointwise_accuracy, note="accuracy on held-out pairs"),
-        Row("Pairwise model", quality.pairwise_accuracy, note="accuracy on held-out pairs"),
+    pairs = [
+        Row("Pointwise model", quality.pointwise_accuracy, note="drives training"),
+        Row("Pairwise model", quality.pairwise_accuracy, note="guards against gaming"),
     ]
+    signals = []
     for name, signal in quality.signals.items():
         low, high = signal.interval or (None, None)
         estimate = Estimate(value=signal.auc, low=low, high=high, n=signal.n, reason=signal.reason)
-        used = "used for selection" if signal.usable else "not used"
-        rows.append(
-            Row(f"p({name.replace('_', ' ')})", estimate, lambda v: f"{v:.2f}", note=f"AUC on unseen users · {used}")
-        )
-    rows = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
-    return [dot_plot("reward", rows, share_axis((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)), zero=0.5)]
+        used = "helps to select" if signal.usable else "not used"
+        signals.append(Row(f"p({name.replace('_', ' ')})", estimate, lambda v: f"{v:.2f}", note=used))
+    axis = Axis(0.25, 1, (0.25, 0.5, 0.75, 1), words.share)
+    figures = []
+    for figure, rows, form in (("reward_accuracy", pairs, words.share), ("reward_signals", signals, words.number)):
+        if rows:
+            toned = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
+            figures.append(dot_plot(figure, toned, axis._replace(form=form), zero=0.5))
+    return figures
 
 
 def _experiment(row: LedgerRow) -> list[Figure]:
@@ -189,30 +206,41 @@ def _experiment(row: LedgerRow) -> list[Figure]:
         return []
     lifts = {"breadth_lift": test.breadth_lift, "depth_lift": test.depth_lift} | test.secondary
     rows = [
-        Row(LIFTS.get(name, words.name(name.removesuffix("_lift"))), lift, words.signed_share, _beyond(lift, 0.0))
+        Row(label, lift, words.signed_share, _beyond(lift, 0.0) if name != "balance" else "new", note=note)
         for name, lift in lifts.items()
+        for label, note in [LIFTS.get(name, (words.name(name), ""))]
     ]
     edges = [edge for lift in lifts.values() for edge in (lift.low, lift.high, lift.value)]
-    figures = [dot_plot("lifts", rows, nice_axis(edges, words.signed_share, zero=True), zero=0.0)]
+    figures = [dot_plot("lifts", rows, nice_axis(edges, words.signed_round, zero=True), zero=0.0)]
     days = sorted({day.day for day in test.daily})
     names = sorted({day.arm for day in test.daily}, key=lambda arm: (arm != "control", arm))
     if not days:
         return figures
     labels = [f"day {day + 1}" if day == days[0] else str(day + 1) for day in days]
     found = {(day.arm, day.day): day for day in test.daily}
-    absent = Estimate(value=None, n=0, reason="no user on this day")
-    for name, title, form in (
-        ("daily_active", "Share of exposed people active", words.share),
-        ("daily_messages", "Messages for each exposed person", words.number),
+    for name, title, form, measured in (
+        ("daily_active", "Share of exposed people active", words.share, _active),
+        ("daily_messages", "Messages for each exposed person", words.number, _messages),
     ):
-        lines = []
-        for arm in names:
-            points = [found.get((arm, day)) for day in days]
-            chosen = tuple((p.active if name == "daily_active" else p.messages) if p else absent for p in points)
-            lines.append(Series(arm, "old" if arm == "control" else "new", chosen))
+        lines = [
+            Series(arm, "old" if arm == "control" else "new", tuple(measured(found.get((arm, day))) for day in days))
+            for arm in names
+        ]
         edges = [edge for one in lines for p in one.points for edge in (p.low, p.high, p.value)]
         figures.append(curves(name, title, labels, lines, nice_axis(edges, form, steps=4)))
     return figures
+
+
+def _active(day: Day | None) -> Estimate:
+    if day is None or day.users == 0:
+        return Estimate(value=None, n=0, reason="nobody exposed yet")
+    return intervals.share([1.0] * day.active_users + [0.0] * (day.users - day.active_users))
+
+
+def _messages(day: Day | None) -> Estimate:
+    if day is None or day.users == 0:
+        return Estimate(value=None, n=0, reason="nobody exposed yet")
+    return Estimate(value=day.messages / day.users, n=day.users)
 
 
 def _kept(row: LedgerRow) -> list[Figure]:
@@ -246,7 +274,7 @@ def _trend(history: Sequence[LedgerRow]) -> list[Figure]:
         return curves(name, title, labels, [Series("new", "new", points)], axis, height=170, zero=marks.get("zero"))
 
     def around(points: tuple[Estimate, ...], *, zero: bool = False) -> Axis:
-        form = words.signed_share if zero else words.share
+        form = words.signed_round if zero else words.share
         return nice_axis([e for p in points for e in (p.low, p.high, p.value)], form, zero=zero, steps=4)
 
     return [

@@ -242,7 +242,8 @@ def bars(name: str, rows: Sequence[Bar]) -> Figure:
     most = max((bar.amount for bar in rows), default=0) or 1.0
     template = (
         '<div class="row bar"><div class="label">{}</div><svg class="track" aria-hidden="true">'
-        '<rect class="fill" x="0" width="{:.2f}%" y="30%" height="40%" rx="2"/></svg><div class="value"><b>{}</b></div></div>'
+        '<rect class="fill" x="0" width="{:.2f}%" y="30%" height="40%" rx="2"/></svg>'
+        '<div class="value"><b>{}</b></div></div>'
     )
     html = Markup("").join(Markup(template).format(bar.label, 100 * bar.amount / most, bar.shown) for bar in rows)
     return Figure(
@@ -279,17 +280,18 @@ def wheel(nodes: Sequence[Node], centre: str, below: str, tone: str) -> Figure:
         tip = '<polygon class="tip phase{}" points="{:.1f},{:.1f} {:.1f},{:.1f} {:.1f},{:.1f}"/>'
         parts.append(Markup(tip).format(phase, *ahead, *left, *right))
     for i, node in enumerate(nodes):
-        (x, y), (tx, ty) = point(i * turn, radius), point(i * turn, radius + 17)
+        (x, y), (tx, ty) = point(i * turn, radius), point(i * turn, radius + 18)
         side = math.sin(i * turn)
         anchor = "middle" if abs(side) < 0.2 else "start" if side > 0 else "end"
-        lift = -14 if math.cos(i * turn) > 0.9 else 12 if math.cos(i * turn) < -0.9 else 0
+        lift = -12 * math.cos(i * turn)
         parts.append(Markup('<circle class="station phase{}" cx="{:.1f}" cy="{:.1f}" r="6"/>').format(node.phase, x, y))
-        label = '<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text><text class="figure" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+        for kind, text, down in (("name", node.name, -1), ("figure", node.figure, 15)):
+            label = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
+            parts.append(Markup(label).format(kind, tx, ty + lift + down, anchor, text))
+    for kind, text, down in (("centre", centre, 4), (f"below {tone}", below, 32)):
         parts.append(
-            Markup(label).format(tx, ty + lift - 1, anchor, node.name, tx, ty + lift + 15, anchor, node.figure)
+            Markup('<text class="{}" x="{}" y="{}" text-anchor="middle">{}</text>').format(kind, cx, cy + down, text)
         )
-    middle = '<text class="centre" x="{0}" y="{1}" text-anchor="middle">{2}</text><text class="below {5}" x="{0}" y="{3}" text-anchor="middle">{4}</text>'
-    parts.append(Markup(middle).format(cx, cy + 4, centre, cy + 32, below, tone))
     described = "; ".join(f"{node.name}: {node.figure}" for node in nodes)
     html = Markup('<svg class="wheel" viewBox="0 0 460 410" role="img" aria-label="{}">{}</svg>').format(
         f"The loop. {described}", Markup("").join(parts)

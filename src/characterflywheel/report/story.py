@@ -28,9 +28,9 @@ def headline(row: LedgerRow) -> Headline:
     if row.experiment is None:
         return _untried(row)
     experiment = row.experiment
-    details = [lift_sentence("engaged", experiment.breadth_lift, experiment.confidence)]
-    details.append(lift_sentence("messages", experiment.depth_lift, experiment.confidence))
-    if row.verdict_reason:
+    details = [lift_sentence("breadth", experiment.breadth_lift, row.parent, experiment.confidence)]
+    details.append(lift_sentence("depth", experiment.depth_lift, row.parent, experiment.confidence))
+    if row.verdict_reason and row.verdict != "promote":
         details.append(words.sentence(row.verdict_reason))
     if row.verdict == "promote":
         return Headline("better", f"{row.model} is better company than {row.parent}.", tuple(details))
@@ -58,18 +58,20 @@ def _untried(row: LedgerRow) -> Headline:
     return Headline("unknown", f"{row.model} was {held} before anyone met it.", tuple(details))
 
 
-def lift_sentence(what: Literal["engaged", "messages"], lift: Estimate, confidence: float) -> str:
+def lift_sentence(what: Literal["breadth", "depth"], lift: Estimate, parent: str, confidence: float) -> str:
     """A lift told so that its interval decides the words: more, fewer, or no difference that can be seen."""
-    subject, unit = ("People who engaged", "people") if what == "engaged" else ("Messages of those who did", "messages")
     if lift.value is None:
-        return f"{subject}: not known ({lift.reason or 'not measured'})."
+        subject = "How many people engage" if what == "breadth" else "How much they write"
+        return f"{subject} is not known: {lift.reason or 'not measured'}."
     span = words.interval(lift, words.signed_share)
     about = f"{100 * confidence:g}% interval {span}" if span else "no interval"
     if lift.low is None or lift.high is None or lift.low <= 0 <= lift.high:
-        return f"{subject}: no difference that this test can see, {words.signed_share(lift.value)} ({about})."
-    size = words.share(abs(lift.value))
-    more = "more" if lift.value > 0 else "fewer"
-    return f"{subject}: {size} {more} {unit} than with the old model ({about})."
+        subject = "how many people engage" if what == "breadth" else "how much they then write"
+        return f"No difference in {subject} that this test can see: {words.signed_share(lift.value)} ({about})."
+    change = f"{words.share(abs(lift.value))} {'more' if lift.value > 0 else 'fewer'}"
+    if what == "breadth":
+        return f"{change} people engaged than with {parent} ({about})."
+    return f"Those who engaged wrote {change} messages than with {parent} ({about})."
 
 
 def truth_sentence(row: LedgerRow) -> str | None:

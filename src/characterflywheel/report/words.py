@@ -11,7 +11,7 @@ def share(value: float) -> str:
     """0.624 is 62%; below 10% and above 90% one decimal, which is where it matters."""
     percent = 100 * value
     near_edge = 0 < abs(percent) < 9.95 or 90 < percent < 100
-    return f"{percent:.1f}%" if near_edge else f"{percent:.0f}%"
+    return (f"{percent:.1f}%" if near_edge else f"{percent:.0f}%").replace("-", "−")
 
 
 def signed_share(value: float) -> str:
@@ -20,6 +20,17 @@ def signed_share(value: float) -> str:
     if text == "0.0%":
         return text
     return ("+" if value > 0 else "−") + text
+
+
+def signed_round(value: float) -> str:
+    """0.05 is +5%, for axes."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{abs(100 * value):g}%"
+
+
+def score(value: float) -> str:
+    """A standardised score: +0.42."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text in ("+0.00", "−0.00") else text
 
 
 def times(value: float) -> str:
@@ -51,6 +62,8 @@ def duration(seconds: float) -> str:
 def name(identifier: str) -> str:
     """`false_refusal` is "False refusal"."""
     text = identifier.replace("_", " ").strip()
+    if text in ("sft", "dpo", "rl"):
+        return text.upper()
     return text[:1].upper() + text[1:]
 
 
