@@ -47,7 +47,8 @@ def spread(values: ArrayLike, groups: Sequence[Hashable] | None = None) -> Sprea
 def share(values: ArrayLike, groups: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE) -> Estimate:
     """The mean of values in [0, 1] (a tie is one half) with Wilson's interval at the effective sample size.
 
-    The effective size is n divided by the design effect: cluster-robust over binomial variance, at least 1.
+    The effective size is n divided by the design effect: the variance of the mean with clusters over the one without,
+    at least 1.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0:
@@ -55,11 +56,10 @@ def share(values: ArrayLike, groups: Sequence[Hashable] | None = None, confidenc
     if x.min() < 0 or x.max() > 1:
         raise FlywheelError(f"values reach from {x.min():g} to {x.max():g}, must lie in [0, 1].")
     p, error, _ = spread(x, groups)
-    binomial = p * (1 - p) / x.size
     if np.isnan(error):
         effective = 1.0
-    elif binomial > 0:
-        effective = x.size / max(1.0, error**2 / binomial)
+    elif x.min() < x.max():
+        effective = x.size / max(1.0, error**2 / (x.var(ddof=1) / x.size))
     else:
         effective = float(_group_sums(x, groups).size)
     low, high = wilson(p, effective, confidence)

@@ -51,7 +51,7 @@ PREACHING = re.compile(
         (
             r"\b(?:it is|it's|it’s) (?:always |also |very |so |really |crucial|essential )*(?:important|essential|crucial|vital|necessary) "
             r"(?:to|that|for you)\b",
-            r"\b(?:please |always |just )?(?:remember|keep in mind|bear in mind|be mindful|note) (?:that|to|of)\b",
+            r"(?:^|[.!?;,:] |\b(?:please|always|just|also|but|and|should|must) )(?:remember (?:that|to)|keep in mind|bear in mind|be mindful|note that)\b",
             r"\byou (?:should|must|need to|ought to) (?:always|never|really|be careful|be respectful|respect|consider|try to be|avoid|seek|"
             r"understand|think about)\b",
             r"\b(?:never|always) (?:okay|ok|acceptable|appropriate|right) to\b",

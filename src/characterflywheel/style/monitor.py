@@ -160,10 +160,7 @@ def _test(a: Side, b: Side, number: int, *, binary: bool, paired: bool) -> tuple
     value = float(y.mean() - x.mean())
     if freedom < 1 or np.isnan(error):
         return Estimate(value=value, n=len(x), reason="one user only: no interval"), None
-    if error == 0:
-        p = float(value == 0)
-    else:
-        p = float(2 * stats.t.sf(abs(value) / error, freedom))
+    p = float(2 * stats.t.sf(abs(value) / error, freedom)) if error > 0 else float(value == 0)
     if binary:
         return intervals.difference(intervals.share(x, a.users), intervals.share(y, b.users), together), p
     half = error * float(stats.t.ppf((1 + intervals.CONFIDENCE) / 2, freedom))
