@@ -6,12 +6,13 @@ FLYWHEEL = .venv/bin/flywheel
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test test-all lint format setup setup-dev clean
+.PHONY: help demo test test-all lint docs format setup setup-dev clean
 
 help:
 	@echo "make demo      set up, turn the flywheel once in $(WORKSPACE)/, say where the report is"
 	@echo "make test      set up, run the quick tests (make test-all: the slow ones too)"
 	@echo "make lint      ruff and mypy        make format    rewrite with ruff"
+	@echo "make docs      rewrite the generated tables of docs/"
 	@echo "make clean     remove .venv and caches; workspaces stay"
 
 demo: setup
@@ -28,6 +29,9 @@ lint: setup-dev
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+
+docs: setup-dev
+	@.venv/bin/python scripts/document.py
 
 format: setup-dev
 	@.venv/bin/ruff check --fix .
