@@ -34,11 +34,13 @@ def krippendorff_alpha(counts: ArrayLike) -> float | None:
 
 
 def alpha_estimate(counts: ArrayLike, groups: Sequence[str], seed: int, confidence: float = 0.95) -> Estimate:
-    """Alpha with a percentile bootstrap interval that draws whole groups (prompts); `n` counts the units reviewed twice.
+    """Alpha with a percentile bootstrap interval that draws whole groups (prompts); `n` counts units reviewed twice.
 
     `groups[i]` is the group of unit i: the pairs of one prompt stand or fall together.
     """
-    table = np.asarray(counts, dtype=np.float64).reshape(len(groups), -1)
+    if not groups:
+        return Estimate(value=None, n=0, reason="nothing was reviewed")
+    table = np.asarray(counts, dtype=np.float64)
     doubled = table.sum(axis=1) >= 2
     table, groups = table[doubled], [g for g, keep in zip(groups, doubled, strict=True) if keep]
     value = krippendorff_alpha(table) if len(table) else None

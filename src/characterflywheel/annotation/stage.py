@@ -18,7 +18,7 @@ from .tasks import check_judgements, choose, make_tasks
 
 
 class AnnotateSummary(Record):
-    """What annotation made. `reasons` counts dropped candidates, prompts and pairs; `agreement` is alpha by question."""
+    """What annotation made. `reasons` counts dropped candidates, prompts and pairs; `agreement`: alpha by question."""
 
     prompts: int
     candidates: dict[str, int]
