@@ -1,5 +1,6 @@
 """Assignment: shares hold, ramps move nobody between arms, salts are independent."""
 
+import itertools
 import math
 
 import pytest
@@ -54,14 +55,18 @@ def test_a_larger_share_never_moves_a_user_between_arms(a: float, b: float, c: f
 def test_arms_never_overlap(weights: list[float]) -> None:
     shares = {f"arm-{i}": weight / len(weights) for i, weight in enumerate(weights)}
     intervals = sorted(territories(shares).values())
-    assert all(end <= begin or math.isclose(end, begin) for (_, end), (begin, _) in zip(intervals, intervals[1:], strict=False))
+    assert all(end <= begin or math.isclose(end, begin) for (_, end), (begin, _) in itertools.pairwise(intervals))
     for arm, (begin, end) in territories(shares).items():
         assert end - begin == pytest.approx(shares[arm], abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("shares", "message"),
-    [({"control": 1.2}, "1.2, must be in"), ({"control": 0.6, "treatment": 0.6}, "sum to 1.2"), ({"a": -0.1}, "must be in")],
+    [
+        ({"control": 1.2}, "1.2, must be in"),
+        ({"control": 0.6, "treatment": 0.6}, "sum to 1.2"),
+        ({"a": -0.1}, "must be in"),
+    ],
 )
 def test_impossible_shares_are_refused(shares: dict[str, float], message: str) -> None:
     with pytest.raises(FlywheelError, match=message):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import sqlglot
-from exports import Events
+from experiment_exports import Events
 
 from characterflywheel.config import ExperimentConfig
 from characterflywheel.errors import FlywheelError
@@ -14,7 +14,7 @@ CONFIG = ExperimentConfig()
 
 
 def small_world() -> Events:
-    """Control: ann writes 3 messages over 2 days and 2 before, bob 1. Treatment: cat 4 over 3 days, dan 2 in one day."""
+    """Control: ann writes 3 messages on 2 days and 2 before, bob 1. Treatment: cat 4 on 3 days, dan 2 on one."""
     events = Events()
     events.user("ann", "control", 10)
     for hour in (-30, -8, 10, 11, 40):
