@@ -4,7 +4,7 @@ Nothing is recomputed. A comparison is coloured good or bad only when the two in
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ IDEAL_BAND = (0.50, 0.65)
 ALARM = 0.65
 LIFTS = {
     "breadth_lift": ("Breadth", "people who engage"),
-    "depth_lift": ("Depth", "messages of those who engage"),
+    "depth_lift": ("Depth", "messages of the engaged"),
     "depth_all": ("Messages of all exposed", ""),
     "active_days": ("Active days", ""),
     "balance": ("Before the test", "should hold zero"),
@@ -94,7 +94,8 @@ def _loop(row: LedgerRow) -> Figure:
             3,
         ),
     )
-    said = {"promote": "promoted", "keep": "not promoted", "roll_back": "rolled back", None: "no verdict"}
+    untried = {"ship": "no verdict yet", "hold": "held back", "reject": "rejected"}[row.gate.decision]
+    said = {"promote": "promoted", "keep": "not promoted", "roll_back": "rolled back", None: untried}
     tone = {"promote": "good", "roll_back": "bad"}.get(row.verdict or "", "")
     return wheel(nodes, row.model, said[row.verdict], tone)
 
@@ -112,9 +113,16 @@ def _win_rates(row: LedgerRow) -> Figure:
         Row("Internal prompts", rates.internal.pairwise, note="pairwise judge"),
     ]
     rows = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
-    figure = dot_plot("win_rate", rows, share_axis((0.2, 0.35, 0.5, 0.65, 0.8)), band=IDEAL_BAND, line=ALARM, zero=0.5)
+    figure = dot_plot("win_rate", rows, _win_axis(r.estimate for r in rows), band=IDEAL_BAND, line=ALARM, zero=0.5)
     marks = (m.model_copy(update={"label": f"{r.label}, {r.note}"}) for m, r in zip(figure.marks, rows, strict=True))
     return Figure(figure.name, figure.html, tuple(marks))
+
+
+def _win_axis(rates: Iterable[Estimate]) -> Axis:
+    """20 to 80%, and all of 0 to 100% only if an interval reaches further."""
+    edges = [edge for rate in rates for edge in (rate.low, rate.high, rate.value) if edge is not None]
+    middle = (0.2, 0.35, 0.5, 0.65, 0.8)
+    return share_axis(middle if all(0.2 <= edge <= 0.8 for edge in edges) else (0.0, *middle, 1.0))
 
 
 def _beyond(estimate: Estimate, level: float) -> Tone:
@@ -191,7 +199,8 @@ def _reward(row: LedgerRow) -> list[Figure]:
         estimate = Estimate(value=signal.auc, low=low, high=high, n=signal.n, reason=signal.reason)
         used = "helps to select" if signal.usable else "not used"
         signals.append(Row(f"p({name.replace('_', ' ')})", estimate, lambda v: f"{v:.2f}", note=used))
-    axis = Axis(0.25, 1, (0.25, 0.5, 0.75, 1), words.share)
+    low = min((r.estimate.low or 0.5 for r in (*pairs, *signals)), default=0.5)
+    axis = share_axis((0.25, 0.5, 0.75, 1.0) if low >= 0.25 else (0.0, 0.25, 0.5, 0.75, 1.0))
     figures = []
     for figure, rows, form in (("reward_accuracy", pairs, words.share), ("reward_signals", signals, words.number)):
         if rows:
@@ -270,20 +279,20 @@ def _trend(history: Sequence[LedgerRow]) -> list[Figure]:
     follow = tuple(_plain(row.steerability.instruction_following) for row in history)
     broken = tuple(_plain(row.steerability.instruction_violation) for row in history)
 
-    def drawn(name: str, title: str, points: tuple[Estimate, ...], axis: Axis, **marks: float) -> Figure:
-        return curves(name, title, labels, [Series("new", "new", points)], axis, height=170, zero=marks.get("zero"))
+    def drawn(name: str, title: str, points: tuple[Estimate, ...], axis: Axis) -> Figure:
+        return curves(name, title, labels, [Series("new", "new", points)], axis, height=170, zero=0.0, joined=False)
 
     def around(points: tuple[Estimate, ...], *, zero: bool = False) -> Axis:
         form = words.signed_round if zero else words.share
         return nice_axis([e for p in points for e in (p.low, p.high, p.value)], form, zero=zero, steps=4)
 
     return [
-        drawn("trend_breadth", "Breadth lift over the parent", lifts, around(lifts, zero=True), zero=0.0),
-        drawn("trend_depth", "Depth lift over the parent", depth, around(depth, zero=True), zero=0.0),
+        drawn("trend_breadth", "Breadth lift over the parent", lifts, around(lifts, zero=True)),
+        drawn("trend_depth", "Depth lift over the parent", depth, around(depth, zero=True)),
         curves(
             "trend_win_rate", "Win rate, pointwise, on user (blue) and internal (grey) prompts", labels,
             [Series("internal", "old", inside), Series("user", "new", wins)],
-            share_axis((0.2, 0.35, 0.5, 0.65, 0.8)), height=170, zero=0.5, band=IDEAL_BAND,
+            _win_axis((*wins, *inside)), height=170, zero=0.5, band=IDEAL_BAND,
         ),
         curves(
             "trend_steerability", "Instructions followed (blue), replies that break one (grey)", labels,

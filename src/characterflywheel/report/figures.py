@@ -181,9 +181,13 @@ class Series(NamedTuple):
 
 def curves(
     name: str, title: str, labels: Sequence[str], series: Sequence[Series], axis: Axis, *,
-    height: int = 190, zero: float | None = None, band: tuple[float, float] | None = None,
+    height: int = 190, zero: float | None = None, band: tuple[float, float] | None = None, joined: bool = True,
 ) -> Figure:  # fmt: skip
-    """Curves with interval ribbons over few x values (days, generations); labels sit on the grid lines."""
+    """Curves with interval ribbons over few x values (days, generations); labels sit on the grid lines.
+
+    A curve breaks where a point is missing. `joined` False draws dots with whiskers, for points that do not follow
+    from one another.
+    """
     top, bottom = 16, height - 22
     xs = [50.0] if len(labels) == 1 else [9 + 88 * i / (len(labels) - 1) for i in range(len(labels))]
 
@@ -203,20 +207,21 @@ def curves(
     scaled, dots = [], []
     for one in series:
         known = [(x, p) for x, p in zip(xs, one.points, strict=True) if p.value is not None]
-        ribbon = [(x, p) for x, p in known if p.low is not None and p.high is not None]
-        if len(ribbon) > 1:
-            edge = [f"{x:.2f},{y(p.high or 0):.1f}" for x, p in ribbon]
-            edge += [f"{x:.2f},{y(p.low or 0):.1f}" for x, p in reversed(ribbon)]
-            scaled.append(Markup('<polygon class="ribbon {}" points="{}"/>').format(one.tone, " ".join(edge)))
-        if len(known) > 1:
-            path = " ".join(f"{x:.2f},{y(p.value or 0):.1f}" for x, p in known)
-            scaled.append(Markup('<polyline class="curve {}" points="{}"/>').format(one.tone, path))
+        runs = _runs(list(zip(xs, one.points, strict=True))) if joined else []
+        for run in runs:
+            edge = [(x, p.high) for x, p in run] + [(x, p.low) for x, p in reversed(run)]
+            if len(run) > 1 and all(v is not None for _, v in edge):
+                points = " ".join(f"{x:.2f},{y(v or 0):.1f}" for x, v in edge)
+                scaled.append(Markup('<polygon class="ribbon {}" points="{}"/>').format(one.tone, points))
+        for run in runs:
+            points = " ".join(f"{x:.2f},{y(p.value or 0):.1f}" for x, p in run)
+            scaled.append(Markup('<polyline class="curve {}" points="{}"/>').format(one.tone, points))
         for x, p in known:
-            if len(ribbon) <= 1 and p.low is not None and p.high is not None:
+            if not joined and p.low is not None and p.high is not None:
                 span = '<line class="span {}" x1="{:.2f}%" x2="{:.2f}%" y1="{:.1f}" y2="{:.1f}"/>'
                 dots.append(Markup(span).format(one.tone, x, x, y(p.low), y(p.high)))
-            dot = '<circle class="dot {}" cx="{:.2f}%" cy="{:.1f}" r="3.5"/>'
-            dots.append(Markup(dot).format(one.tone, x, y(p.value or 0)))
+            dot = '<circle class="dot {}" cx="{:.2f}%" cy="{:.1f}" r="{}"/>'
+            dots.append(Markup(dot).format(one.tone, x, y(p.value or 0), 3.5 if joined else 5))
     inner = '<svg viewBox="0 0 100 {}" preserveAspectRatio="none" width="100%" height="{}">{}</svg>'
     parts += [Markup(inner).format(height, height, Markup("").join(scaled)), *dots]
     for x, label in zip(xs, labels, strict=True):
@@ -227,6 +232,17 @@ def curves(
     )
     marks = tuple(mark(s.name, label, p) for s in series for label, p in zip(labels, s.points, strict=True))
     return Figure(name, html.format(title, height, title, Markup("").join(parts)), marks)
+
+
+def _runs(points: list[tuple[float, Estimate]]) -> list[list[tuple[float, Estimate]]]:
+    """Stretches of points without a missing one."""
+    runs: list[list[tuple[float, Estimate]]] = [[]]
+    for x, point in points:
+        if point.value is None:
+            runs.append([])
+        else:
+            runs[-1].append((x, point))
+    return [run for run in runs if run]
 
 
 class Bar(NamedTuple):

@@ -41,6 +41,7 @@ def render(data: ReportData, figures: dict[str, Figure]) -> str:
         history=data.history,
         samples=data.samples,
         figures=figures,
+        style_names=[c.name for c in data.row.gate.criteria if c.name.startswith("style")],
         headline=story.headline(data.row),
         truth=story.truth_sentence(data.row),
         story=story,
