@@ -58,7 +58,7 @@ def _open(folder: Path) -> "Workspace":
 @app.command()
 def init(
     folder: Folder,
-    preset: Annotated[str, typer.Option(help="sizes to start from: tiny, quick, cpu, gpu")] = "quick",
+    preset: Annotated[str, typer.Option(help="sizes to start from: tiny or quick")] = "quick",
 ) -> None:
     """Create a workspace with a dozen characters."""
     from . import workspace  # noqa: PLC0415

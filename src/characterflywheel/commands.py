@@ -1,5 +1,6 @@
 """What the longer commands of `cli` do: turn the flywheel, plan it, show an experiment, change what serves by hand."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -24,23 +25,30 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
         Waiting: people have to do something first.
     """
     config = workspace.config()
-    from . import generation  # noqa: PLC0415 - torch only once the configuration is known to be good
-    from .report import write_report  # noqa: PLC0415
-    from .store import EventStore  # noqa: PLC0415
-
     complete = len(ledger.read(workspace.ledger))
-    if complete >= generations:
-        print(
-            f"{complete} generations are complete; the next: flywheel run {workspace.root} --generations {complete + 1}"
-        )
-    with workspace.locked(), EventStore.open(workspace.database) as store:
-        people = people_of(workspace, config, store)
-        for number in range(complete + 1, generations + 1):
-            row = generation.turn(workspace, config, store, people, number, until=until)
-            if row is None:
-                print(f"stopped after {until}; go on with: flywheel run {workspace.root} --generations {generations}")
-                return
-    print(f"report: {write_report(workspace.root)}")
+    if complete < generations:
+        turn(workspace, config, range(complete + 1, generations + 1), until)
+    else:
+        print(f"{complete} complete; the next: flywheel run {workspace.root} --generations {complete + 1}")
+    if workspace.ledger.exists():
+        from .report import write_report  # noqa: PLC0415
+
+        print(f"report: {write_report(workspace.root)}")
+
+
+def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int], until: str | None) -> None:
+    """Turn these generations, one after the other; with `until`, stop after that stage of the first."""
+    with workspace.locked():
+        from . import generation  # noqa: PLC0415 - torch only once nothing else stands in the way
+        from .store import EventStore  # noqa: PLC0415
+
+        with EventStore.open(workspace.database) as store:
+            people = people_of(workspace, config, store)
+            for number in numbers:
+                row = generation.turn(workspace, config, store, people, number, until=until)
+                if row is None:
+                    print(f"stopped after {until}; the same command without --until goes on")
+                    return
 
 
 def plan(workspace: Workspace, generations: int) -> None:
