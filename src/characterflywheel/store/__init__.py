@@ -1,0 +1,5 @@
+"""The event store: everything that happened, once and in order (DESIGN sections 4, 5)."""
+
+from .events import EventStore, Position
+
+__all__ = ["EventStore", "Position"]
