@@ -1,6 +1,6 @@
 """What the page shows: the ledger's rows and sample conversations, and every figure made from them.
 
-Nothing is recomputed. A comparison is coloured good or bad only when the two intervals do not touch.
+Nothing is recomputed; only a day's share of active people gets its Wilson interval here. A comparison is coloured good or bad only when the two intervals do not touch.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import intervals, ledger, tables
+from .. import ledger, tables
 from ..errors import FlywheelError
 from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
@@ -243,6 +243,8 @@ def _experiment(row: LedgerRow) -> list[Figure]:
 def _active(day: Day | None) -> Estimate:
     if day is None or day.users == 0:
         return Estimate(value=None, n=0, reason="nobody exposed yet")
+    from .. import intervals  # noqa: PLC0415 - scipy is slow to import, and `status` needs none of it
+
     return intervals.share([1.0] * day.active_users + [0.0] * (day.users - day.active_users))
 
 
