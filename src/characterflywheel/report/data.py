@@ -1,6 +1,7 @@
 """What the page shows: the ledger's rows and sample conversations, and every figure made from them.
 
-Nothing is recomputed; only a day's share of active people gets its Wilson interval here. A comparison is coloured good or bad only when the two intervals do not touch.
+Nothing is recomputed; only a day's share of active people gets its Wilson interval here. A comparison is coloured
+good or bad only when the two intervals do not touch.
 """
 
 import json
