@@ -100,7 +100,7 @@ class ExperimentSummary(Record):
         return f"{self.verdict.replace('_', ' ')}: {self.reason} ({self.users} users)"
 
 
-def make_bank(  # noqa: PLR0917 - all of it is what an experiment is
+def make_bank(
     work: Work,
     config: ExperimentConfig,
     name: str,
