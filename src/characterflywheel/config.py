@@ -83,6 +83,8 @@ class RewardConfig(Section):
     epochs: int = Field(2, ge=1)
     learning_rate: float = Field(5e-5, gt=0)
     pairs_per_step: int = Field(8, ge=1)
+    max_prompt_tokens: int = Field(224, ge=32, description="longer histories lose their oldest turns")
+    max_reply_tokens: int = Field(80, ge=2, description="longer replies are read only so far")
     signals: tuple[Literal["continue", "thumb_up"], ...] = ("continue", "thumb_up")
     min_signal_auc: float = Field(0.55, description="a signal whose AUC interval begins below is not used")
     signal_weight: float = Field(0.25, ge=0, description="weight of all usable signals beside preference 1.0")

@@ -7,11 +7,12 @@ the pairwise model keeps its mind when the replies swap places. Signal models ar
 from collections.abc import Sequence
 from math import sqrt
 
-import emoji
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, rankdata
 
+from .. import intervals
+from ..instructions import emojis
 from ..records import Estimate, Preference, Record
 
 Floats = NDArray[np.float64]
@@ -28,17 +29,6 @@ class PreferenceEvaluation(Record):
     score_length_correlation: Estimate
     score_emoji_correlation: Estimate
     swap_consistency: Estimate | None = None
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95, few: int = 1) -> Estimate:
-    """A share with its Wilson score interval (Wilson 1927); unmeasured below `few` observations."""
-    if n < few:
-        return Estimate(value=None, n=n, reason=f"{n} observations, at least {few} are needed")
-    z = float(norm.ppf(0.5 + confidence / 2))
-    share, scale = successes / n, 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
-    half = z / scale * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
 
 
 def area_under_curve(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -121,20 +111,21 @@ def evaluate_preference(
     margins: Sequence[float],
     chosen_scores: Sequence[float] = (),
     rejected_scores: Sequence[float] = (),
-    swapped_margins: Sequence[float] = (),
+    orders: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> PreferenceEvaluation:
     """Judge a preference model on held-out pairs.
 
     `margins[i]` is the log-odds that the model prefers `chosen` of pair i. The pointwise model gives its scores, so
-    that what they lean on can be measured; the pairwise one gives the margins with the replies swapped (also as
-    log-odds for `chosen`), before both are averaged. Pairs on which the reviewers are divided (label 0.5) have no
+    that what they lean on can be measured; the pairwise one gives the log-odds for `chosen` in both `orders` of
+    reading, whose average is the margin. Pairs on which the reviewers are divided (label 0.5) have no
     right answer and count for nothing but calibration.
     """
     margin = np.asarray(margins, dtype=float)
     decided = [i for i, pair in enumerate(pairs) if pair.label > 0.5]
 
     def share(rows: Sequence[int]) -> Estimate:
-        return wilson(float(sum((margin[i] > 0) + 0.5 * (margin[i] == 0) for i in rows)), len(rows))
+        right = [float(margin[i] > 0) + 0.5 * float(margin[i] == 0) for i in rows]
+        return intervals.share(right, [pairs[i].prompt_id for i in rows])
 
     def split(keys: Sequence[str]) -> dict[str, Estimate]:
         return {key: share([i for i in decided if keys[i] == key]) for key in sorted({keys[i] for i in decided})}
@@ -143,9 +134,9 @@ def evaluate_preference(
     scores = [*chosen_scores, *rejected_scores]
     absent = Estimate(value=None, n=0, reason="the pairwise model scores pairs, not replies")
     swap = None
-    if len(swapped_margins):
-        same = (margin > 0) == (np.asarray(swapped_margins, dtype=float) > 0)
-        swap = wilson(float(same.sum()), len(same))
+    if orders is not None:
+        same = (np.asarray(orders[0], dtype=float) > 0) == (np.asarray(orders[1], dtype=float) > 0)
+        swap = intervals.share(same, [pair.prompt_id for pair in pairs])
     return PreferenceEvaluation(
         accuracy=share(decided),
         by_source=split([pair.source for pair in pairs]),
@@ -153,7 +144,7 @@ def evaluate_preference(
         by_length=split([length_match(pair) for pair in pairs]),
         calibration_error=_pair_calibration(margin, np.array([pair.label for pair in pairs])),
         score_length_correlation=rank_correlation([len(t.split()) for t in texts], scores) if scores else absent,
-        score_emoji_correlation=rank_correlation([emoji_count(t) for t in texts], scores) if scores else absent,
+        score_emoji_correlation=rank_correlation([len(emojis(t)) for t in texts], scores) if scores else absent,
         swap_consistency=swap,
     )
 
@@ -177,8 +168,3 @@ def _pair_calibration(margin: Floats, labels: Floats) -> Estimate:
     """Both orders of every pair, so that `chosen` being first tells nothing."""
     probability = 1 / (1 + np.exp(-np.clip(margin, -60, 60)))
     return calibration_error(np.r_[probability, 1 - probability], np.r_[labels, 1 - labels])
-
-
-def emoji_count(text: str) -> int:
-    """How many emojis a text holds; a sequence joined into one picture counts once."""
-    return int(emoji.emoji_count(text))

@@ -19,8 +19,9 @@ from scipy.special import expit, log_expit
 
 from ..errors import FlywheelError
 from ..ids import derive_seed
+from ..instructions import emojis
 from ..records import ChatMessage, Conversation, Estimate, Record, Signal
-from .evaluate import auc_by_group, emoji_count
+from .evaluate import auc_by_group
 
 Floats = NDArray[np.float64]
 PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0)
@@ -104,7 +105,7 @@ def features(replies: Sequence[Reply], encoder: Embeds, without: Sequence[str] =
 def _measures(text: str, answered: str, turn: int, relevance: float, repetition: float) -> list[float]:
     return [
         np.log1p(len(text.split())), np.log1p(len(answered.split())), float("?" in text),
-        float(text.rstrip().endswith("?")), float("?" in answered), float("!" in text), np.log1p(emoji_count(text)),
+        float(text.rstrip().endswith("?")), float("?" in answered), float("!" in text), np.log1p(len(emojis(text))),
         np.log1p(turn), relevance, repetition,
     ]  # fmt: skip
 

@@ -1,0 +1,98 @@
+"""The trained reward models together, and the composite score used for selection (PAPER section 3).
+
+Preference first, user signals as auxiliaries, and of those only the ones that can rank unseen users' reactions. Safety
+is no part of the score: the caller vetoes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import FlywheelError
+from ..records import ChatMessage, Record
+from . import backbone
+from .pairwise import Pairwise
+from .pointwise import Pointwise, Scale
+from .signals import Embeds, SignalModels
+
+
+class Settings(Record):
+    """What is no weight about the saved models. `scales`: mean and deviation of each signal's log-odds."""
+
+    max_prompt_tokens: int
+    max_reply_tokens: int
+    pointwise_mean: float
+    pointwise_deviation: float
+    signal_weight: float
+    scales: dict[str, tuple[float, float]]
+
+
+class RewardModels:
+    """The preference models, the signal models, and their composite."""
+
+    def __init__(
+        self, pointwise: Pointwise, pairwise: Pairwise, signals: SignalModels, signal_weight: float,
+        scales: dict[str, tuple[float, float]],
+    ) -> None:  # fmt: skip
+        self.pointwise, self.pairwise, self.signals = pointwise, pairwise, signals
+        self.signal_weight, self.scales = signal_weight, scales
+
+    def composite(
+        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Standardised preference score plus `signal_weight` times the mean standardised log-odds of usable signals."""
+        scores = [np.array(mine) for mine in self.pointwise.score(prompts, replies)]
+        usable = self.signals.usable
+        if usable and self.signal_weight:
+            logits = self.signals.logits(prompts, replies)
+            for kind in usable:
+                mean, deviation = self.scales[kind]
+                weight = self.signal_weight / len(usable) / deviation
+                scores = [
+                    mine + weight * (np.array(part) - mean) for mine, part in zip(scores, logits[kind], strict=True)
+                ]
+        return [mine.tolist() for mine in scores]
+
+    def save(self, folder: Path) -> None:
+        """Safetensors and JSON, without the policy's folder being needed again."""
+        settings = Settings(
+            max_prompt_tokens=self.pointwise.form.max_prompt_tokens,
+            max_reply_tokens=self.pointwise.max_reply_tokens,
+            pointwise_mean=self.pointwise.scale.mean,
+            pointwise_deviation=self.pointwise.scale.deviation,
+            signal_weight=self.signal_weight,
+            scales=self.scales,
+        )
+        (folder / "reward.json").write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        backbone.save_shared(self.pointwise.net, self.pointwise.form, folder)
+        backbone.save(self.pointwise.net, folder / "pointwise.safetensors")
+        backbone.save(self.pairwise.net, folder / "pairwise.safetensors")
+        self.signals.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path, encoder: Embeds, threads: int = 2, device: str = "cpu") -> "RewardModels":
+        """The models that `save` wrote."""
+        try:
+            settings = Settings.model_validate(json.loads((folder / "reward.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise FlywheelError(f"{folder} holds no reward models: run the reward stage.") from None
+        form = backbone.chat_format(folder / "tokenizer", settings.max_prompt_tokens)
+        scale = Scale(settings.pointwise_mean, settings.pointwise_deviation)
+        limit = settings.max_reply_tokens
+        pointwise = Pointwise(backbone.load(folder, "pointwise", 1).to(device), form, limit, scale, threads)
+        pairwise = Pairwise(backbone.load(folder, "pairwise", 2).to(device), form, limit, threads)
+        return cls(pointwise, pairwise, SignalModels.load(folder, encoder), settings.signal_weight, settings.scales)
+
+
+def signal_scales(
+    signals: SignalModels, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
+) -> dict[str, tuple[float, float]]:
+    """Mean and deviation of each signal's log-odds on the replies that the preference models were trained on."""
+    flat: dict[str, NDArray[np.float64]] = {
+        kind: np.concatenate([np.array(part) for part in parts])
+        for kind, parts in signals.logits(prompts, replies).items()
+    }
+    return {kind: (float(values.mean()), max(float(values.std()), 1e-6)) for kind, values in sorted(flat.items())}

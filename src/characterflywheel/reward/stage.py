@@ -1,0 +1,162 @@
+"""The reward stage: preference pairs and user signals in, judged and saved reward models out (PAPER section 3)."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from math import log
+from pathlib import Path
+
+import numpy as np
+
+from ..config import RewardConfig
+from ..errors import FlywheelError
+from ..ids import derive_seed
+from ..ledger import SignalQuality
+from ..pipeline import Work
+from ..records import Conversation, Estimate, Preference, Record, Signal
+from . import backbone
+from .composite import RewardModels, signal_scales
+from .evaluate import PreferenceEvaluation, evaluate_preference
+from .pairwise import Pairwise
+from .pointwise import Pointwise
+from .signals import Embeds, SignalModels, SignalReport, collect
+
+
+class RewardSummary(Record):
+    """What the reward models are worth: headline accuracies, signals, and the whole evaluation of both models."""
+
+    pairs_trained: int
+    pairs_held_out: int
+    pointwise_accuracy: Estimate
+    pairwise_accuracy: Estimate
+    signals: dict[str, SignalQuality]
+    pointwise: PreferenceEvaluation
+    pairwise: PreferenceEvaluation
+
+    def line(self) -> str:
+        """One line for people."""
+        accuracies = ", ".join(
+            f"{name} {_said(estimate)}" for name, estimate in
+            (("pointwise", self.pointwise_accuracy), ("pairwise", self.pairwise_accuracy))
+        )  # fmt: skip
+        signals = ", ".join(
+            f"p({name}) "
+            + (f"AUC {s.auc:.2f} {'used' if s.usable else 'not used'}" if s.auc is not None else "unmeasured")
+            for name, s in self.signals.items()
+        )
+        return f"{self.pairs_trained} pairs · held-out accuracy {accuracies} · {signals}"
+
+
+def train_rewards(
+    work: Work,
+    config: RewardConfig,
+    pairs: Sequence[Preference],
+    conversations: Sequence[Conversation],
+    signals: Sequence[Signal],
+    policy_folder: Path,
+    encoder: Embeds,
+    *,
+    threads: int = 2,
+    device: str = "cpu",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RewardSummary:
+    """Train both preference models and the signal models, judge them on what they have not seen, save them.
+
+    Held-out pairs never train. What is judged is what was saved: the models are read back from `work.folder` first.
+    `on_progress(done, total)` counts optimiser steps of both preference models.
+    """
+    training = sorted((pair for pair in pairs if not pair.held_out), key=lambda pair: pair.id)
+    held_out = sorted((pair for pair in pairs if pair.held_out), key=lambda pair: pair.id)
+    if not training:
+        raise FlywheelError(f"{len(pairs)} preference pairs, none to train on: annotate more prompts.")
+    form = backbone.chat_format(policy_folder, config.max_prompt_tokens)
+    schedules = {
+        name: schedule(training, config.pairs_per_step, config.epochs, derive_seed(work.seed, name))
+        for name in ("pointwise", "pairwise")
+    }
+    total, done = sum(map(len, schedules.values())), 0
+
+    def count(_: float) -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    pointwise = Pointwise(
+        backbone.from_policy(policy_folder, config.layers, 1).to(device), form, config.max_reply_tokens, threads=threads
+    )
+    pointwise.fit(schedules["pointwise"], config.learning_rate, count)
+    pairwise = Pairwise(
+        backbone.from_policy(policy_folder, config.layers, 2).to(device), form, config.max_reply_tokens, threads=threads
+    )
+    pairwise.fit(schedules["pairwise"], config.learning_rate, count)
+    reactions = SignalModels.train(
+        collect(conversations, signals, config.signals), config.signals, encoder,
+        min_auc=config.min_signal_auc, seed=derive_seed(work.seed, "signals"),
+    )  # fmt: skip
+    scales = signal_scales(
+        reactions,
+        [pair.prompt for pair in training],
+        [(p.chosen[-1].content, p.rejected[-1].content) for p in training],
+    )
+    RewardModels(pointwise, pairwise, reactions, config.signal_weight, scales).save(work.folder)
+    models = RewardModels.load(work.folder, encoder, threads, device)
+    summary = judge(models, training, held_out)
+    (work.folder / "evaluation.json").write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def schedule(pairs: Sequence[Preference], per_step: int, epochs: int, seed: int) -> list[list[Preference]]:
+    """Batches of pairs: prompts in a new seeded order each epoch, the pairs of a prompt side by side.
+
+    Pairs of one prompt share its tokens, and often replies, when they are in one step; that makes steps cheap.
+    """
+    by_prompt: dict[str, list[Preference]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt_id, []).append(pair)
+    prompts, steps = sorted(by_prompt), []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        line = (pair for i in order for pair in by_prompt[prompts[i]])
+        while batch := list(islice(line, per_step)):
+            steps.append(batch)
+    return steps
+
+
+def judge(models: RewardModels, training: Sequence[Preference], held_out: Sequence[Preference]) -> RewardSummary:
+    """Evaluate saved models on held-out pairs."""
+    prompts = [pair.prompt for pair in held_out]
+    chosen, rejected = ([side[-1].content for side in sides] for sides in
+                        ([p.chosen for p in held_out], [p.rejected for p in held_out]))  # fmt: skip
+    scores = models.pointwise.score(prompts, list(zip(chosen, rejected, strict=True)))
+    deviation = models.pointwise.scale.deviation
+    one, two = models.pairwise.both_orders(prompts, chosen, rejected)
+    pointwise = evaluate_preference(
+        held_out, [(a - b) * deviation for a, b in scores], [a for a, _ in scores], [b for _, b in scores]
+    )
+    pairwise = evaluate_preference(
+        held_out, [_log_odds((p + 1 - q) / 2) for p, q in zip(one, two, strict=True)],
+        orders=([_log_odds(p) for p in one], [-_log_odds(q) for q in two]),
+    )  # fmt: skip
+    return RewardSummary(
+        pairs_trained=len(training),
+        pairs_held_out=len(held_out),
+        pointwise_accuracy=pointwise.accuracy,
+        pairwise_accuracy=pairwise.accuracy,
+        signals={kind: _quality(report) for kind, report in sorted(models.signals.reports.items())},
+        pointwise=pointwise,
+        pairwise=pairwise,
+    )
+
+
+def _quality(report: SignalReport) -> SignalQuality:
+    auc = report.auc
+    interval = None if auc.low is None or auc.high is None else (auc.low, auc.high)
+    return SignalQuality(auc=auc.value, interval=interval, n=auc.n, usable=report.usable, reason=auc.reason)
+
+
+def _log_odds(p: float) -> float:
+    p = min(max(p, 1e-9), 1 - 1e-9)
+    return log(p / (1 - p))
+
+
+def _said(estimate: Estimate) -> str:
+    return "unmeasured" if estimate.value is None else f"{estimate.value:.0%} (n = {estimate.n})"
