@@ -110,6 +110,14 @@ def test_numbers_of_the_figures_are_the_ledgers(tmp_path: Path) -> None:
     assert len(figures["daily_active"]) == 14
 
 
+def test_a_win_rate_above_the_alarm_is_drawn_as_a_warning(tmp_path: Path) -> None:
+    row = fixture.row()
+    judged = row.win_rate.user.model_copy(update={"pointwise": fixture.about(0.707, 0.06, 400)})
+    alarming = row.model_copy(update={"win_rate": row.win_rate.model_copy(update={"user": judged})})
+    html = write_report(fixture.write_workspace(tmp_path, alarming)).read_text()
+    assert 'class="dot bad" cx="84.50%"' in html
+
+
 def test_nothing_measured_still_makes_a_page_that_says_so(tmp_path: Path) -> None:
     nothing = Estimate(value=None, n=0, reason="nobody came")
     full = fixture.row().model_dump()

@@ -113,7 +113,7 @@ def _win_rates(row: LedgerRow) -> Figure:
         Row("Internal prompts", rates.internal.pointwise, note="pointwise judge"),
         Row("Internal prompts", rates.internal.pairwise, note="pairwise judge"),
     ]
-    rows = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
+    rows = [r._replace(tone="bad" if (r.estimate.value or 0) > ALARM else _beyond(r.estimate, 0.5)) for r in rows]
     figure = dot_plot("win_rate", rows, _win_axis(r.estimate for r in rows), band=IDEAL_BAND, line=ALARM, zero=0.5)
     marks = (m.model_copy(update={"label": f"{r.label}, {r.note}"}) for m, r in zip(figure.marks, rows, strict=True))
     return Figure(figure.name, figure.html, tuple(marks))
