@@ -108,11 +108,11 @@ def test_intervals_cover_the_true_lift() -> None:
 
 
 def test_a_a_p_values_are_uniform_and_promotions_rare() -> None:
-    """200 experiments between equal arms: uniform p, and at most the nominal 5% promoted (99.9%: 21)."""
+    """150 experiments between equal arms: uniform p, and at most the nominal 5% promoted (99.9%: 17)."""
     fine = SampleRatio(p=Estimate(value=0.5, n=1), daily_p=Estimate(value=0.5, n=1))
     metrics = (BREADTH, DEPTH, DEPTH_ALL)
     results: dict[str, list[Lift]] = {metric.name: [] for metric in metrics}
-    for seed in range(200):
+    for seed in range(150):
         control, treatment = arms(10_000 + seed, 700)
         for metric in metrics:
             results[metric.name].append(lift(control, treatment, metric, 0.95, 500))
@@ -120,8 +120,8 @@ def test_a_a_p_values_are_uniform_and_promotions_rare() -> None:
         assert scipy.stats.kstest([row.p for row in lifts], "uniform").pvalue > 0.01
     triples = zip(results["breadth"], results["depth"], results["depth_all"], strict=True)
     verdicts = [decide(b.estimate(), d.estimate(), a.estimate(), fine).decision for b, d, a in triples]
-    assert verdicts.count("promote") <= 21
-    assert verdicts.count("roll_back") <= 21
+    assert verdicts.count("promote") <= 17
+    assert verdicts.count("roll_back") <= 17
 
 
 def test_a_real_difference_is_found() -> None:
