@@ -104,7 +104,7 @@ def test_sentiment_orders_messages_as_their_writers_felt() -> None:
     negative = {"Sad", "Angry", "Disgusted", "Fearful"}
     rows = [row for row in rows if row["message"] and row["sentiment"] in negative | {"Happy"}]
     auc = roc_auc_score([row["sentiment"] == "Happy" for row in rows], [sentiment(row["message"]) for row in rows])
-    assert auc > 0.70
+    assert auc > 0.72
 
 
 @real_data

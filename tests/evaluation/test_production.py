@@ -73,4 +73,4 @@ def test_compare_pairs_the_models_and_says_what_harms() -> None:
     assert preachy.change.high is not None
     assert preachy.change.high < 0
     length = table[REPLY_LENGTH].both
-    assert (length.before.value, length.value, length.n, length.worse) == (5, 4, 10, None)
+    assert (length.before.value, length.value, length.unit, length.worse) == (5, 4, "tokens", None)

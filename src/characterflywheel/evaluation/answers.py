@@ -37,9 +37,12 @@ def compare_shares(old: Sequence[float], new: Sequence[float], users: Sequence[s
     return _compare(intervals.share(old, users), intervals.share(new, users), old, new, worse)
 
 
-def compare_means(old: Sequence[float], new: Sequence[float], users: Sequence[str], worse: Worse) -> Comparison:
-    """Means of paired rows with Student's intervals clustered by user."""
-    return _compare(intervals.mean(old, users), intervals.mean(new, users), old, new, worse)
+def compare_means(
+    old: Sequence[float], new: Sequence[float], users: Sequence[str], worse: Worse, *, unit: str
+) -> Comparison:
+    """Means of paired rows in `unit` with Student's intervals clustered by user."""
+    both, change = _compare(intervals.mean(old, users), intervals.mean(new, users), old, new, worse)
+    return Comparison(both.model_copy(update={"unit": unit}), change)
 
 
 def _compare(before: Estimate, after: Estimate, old: Sequence[float], new: Sequence[float], worse: Worse) -> Comparison:

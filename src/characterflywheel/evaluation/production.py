@@ -109,7 +109,7 @@ def compare(
         for name, (worse, _) in METRICS.items()
     }
     lengths = [float(answer.tokens) for answer in old], [float(answer.tokens) for answer in new]
-    return table | {REPLY_LENGTH: compare_means(*lengths, users, HARMFUL[REPLY_LENGTH])}
+    return table | {REPLY_LENGTH: compare_means(*lengths, users, HARMFUL[REPLY_LENGTH], unit="tokens")}
 
 
 def is_wall(text: str) -> bool:

@@ -137,7 +137,9 @@ def evaluate_offline(
         win_rate=rates,
         length_controlled=controlled,
         judges_agree=intervals.share((by_score == by_pair).astype(float), [p.user_id for p in chosen]),
-        production={name: one.both for name, one in table.items()},
+        # one definition of violation: characters without a verifiable instruction do not count as obedient
+        production={name: one.both for name, one in table.items()}
+        | {"instruction_violation": steered.overall.instruction_violation},
         steerability=steered.overall,
         instructions=steered.by_rule,
         change={name: one.change for name, one in table.items()} | steered.change,

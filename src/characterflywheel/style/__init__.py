@@ -1,0 +1,1 @@
+"""Style artefacts: features, monitor, alarms (PAPER section 5)."""
