@@ -156,11 +156,11 @@ class EventStore:
     def record_import(
         self, digest: str, *, file: str, format: str, conversations: int, messages: int, rejected: int
     ) -> None:
-        """Remember that a file (by its SHA-256) was imported; once is enough."""
-        names = ("id", "file", "format", "conversations", "messages", "rejected")
+        """Remember that a file (by its SHA-256) was imported, and how it went the last time."""
+        counts = {"conversations": conversations, "messages": messages, "rejected": rejected}
         with self._write() as connection:
-            row = (digest, file, format, conversations, messages, rejected)
-            connection.exec_driver_sql(schema.insert(schema.imports, names), row)
+            connection.execute(schema.imports.delete().where(schema.imports.c.id == digest))
+            connection.execute(schema.imports.insert(), {"id": digest, "file": file, "format": format, **counts})
 
     def position(self) -> Position:
         """Where the store ends now."""
