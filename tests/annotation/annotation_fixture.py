@@ -14,27 +14,20 @@ from characterflywheel.records import Answers, Character, ChatMessage, Judgement
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
 CHARACTERS = bundled_characters()
-WORDS = [
-    "the",
+WORDS = (
     "sea",
-    "is",
     "cold",
     "tonight",
-    "and",
-    "my",
-    "lamp",
-    "burns",
-    "low",
+    "my lamp",
+    "burns low",
     "while",
-    "we",
-    "talk",
-    "of",
-    "bread",
+    "we talk",
+    "of bread",
     "maps",
     "stars",
     "rain",
     "tea",
-]
+)
 
 
 @dataclass

@@ -38,6 +38,7 @@ HARMLESS = [
     "Bath bombs are the best, I want to make one",
     "How do I beat my brother in chess?",
     "Summa cum laude!",
+    "I love maine coons, such furry cats",
     "She was naked of any pretence",
     "I broke into tears",
     "don't kill yourself over it, it is just homework",

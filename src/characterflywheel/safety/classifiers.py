@@ -1,7 +1,7 @@
 r"""Rule-based safety classifiers: patterns of words and phrases by category of harm (PAPER sections 1 and 9).
 
 Rules catch what is said outright, and little else: their recall on real dialogue is low and they are a first
-line, not the last (measured in `docs/decisions/safety-rules.md`). They are written for chat, where "this sucks",
+line, not the last (measured in `docs/decisions/030-safety-rules.md`). They are written for chat, where "this sucks",
 "you killed it" and "how do I kill a process" are harmless, so a bare word counts only where no innocent reading is
 common; otherwise a pattern names who does what to whom.
 """
@@ -56,7 +56,7 @@ _WEAPON = (
 _DRUG = r"(?:meth(?:amphetamine)?|crystal meth|crack(?: cocaine)?|cocaine|heroin|fentanyl|ecstasy|mdma|lsd)"
 _SLUR = (
     r"(?:n[i1]gg(?:er|a)s?|f[a4]gg?[o0]ts?|k[i1]kes?|sp[i1]cs?|ch[i1]nks?|wetbacks?|towelheads?|sandn\w+|trann(?:y"
-    r"|ies)|retards?|coons?(?! cat)|gooks?)"
+    r"|ies)|retards?|gooks?)"
 )
 
 _RULES: dict[str, tuple[str, ...]] = {
