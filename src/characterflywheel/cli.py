@@ -115,13 +115,17 @@ def import_(
 ) -> None:
     """Bring conversations of real people into the event store. Bad lines are kept aside, the rest comes in."""
     workspace = _open(folder)
+    from .characters import load_characters  # noqa: PLC0415
     from .importers import import_file  # noqa: PLC0415
+    from .progress import progress  # noqa: PLC0415
     from .store import EventStore  # noqa: PLC0415
 
-    with workspace.locked(), EventStore.open(workspace.database) as store:
-        summary = import_file(store, file, format, workspace.rejected)
-    typer.echo(f"{summary.conversations} conversations, {summary.messages} messages")
-    _say_rejected(len(summary.rejected), [str(line) for line in summary.rejected], summary.rejected_path)
+    characters = load_characters(workspace.characters).values()
+    with workspace.locked(), EventStore.open(workspace.database) as store, progress(f"import {file.name}") as advance:
+        store.add_characters(characters)
+        found = import_file(store, file, format, workspace.rejected, advance)
+    typer.echo(f"{found.conversations} conversations, {found.messages} messages, {found.added} of them new")
+    _say_rejected(found.rejected, [f"line {bad.line}: {bad.reason}" for bad in found.bad_lines], found.rejected_path)
 
 
 @characters_app.command("list")

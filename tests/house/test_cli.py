@@ -118,7 +118,7 @@ def test_a_corrupt_line_is_named_and_kept_aside_and_the_rest_comes_in(
     (tmp_path / "chats.jsonl").write_text(f'{good % "Hi"}\n{{"messages": [\n{good % "Hello there"}\n')
     assert flywheel("import", workspace, tmp_path / "chats.jsonl", "--format", "openai") == 0
     out, error = capsys.readouterr()
-    assert out == "2 conversations, 4 messages\n"
+    assert out == "2 conversations, 4 messages, 4 of them new\n"
     assert "line 2" in error
     aside = [path.read_text() for path in (workspace / "rejected").rglob("*") if path.is_file()]
     assert any('{"messages": [' in text for text in aside)
