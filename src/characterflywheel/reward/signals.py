@@ -88,7 +88,8 @@ def features(replies: Sequence[Reply], encoder: Embeds, without: Sequence[str] =
     texts = sorted({*(reply.text for reply in replies), *answered, *previous})
     row = {text: i for i, text in enumerate(texts)}
     vectors = encoder.encode(texts)
-    vectors[row[""]] = 0.0 if "" in row else vectors[row[""]]
+    if "" in row:
+        vectors[row[""]] = 0.0  # nothing was said
     own, before, last = (
         vectors[[row[t] for t in side]].astype(float) for side in ([r.text for r in replies], answered, previous)
     )
