@@ -105,7 +105,8 @@ class ChatService:
             )
         conversation = Conversation(
             id=derive_id("conversation", user_id, character.id, character.version, source, at.isoformat(), at=at),
-            user_id=user_id, character_id=character.id, character_version=character.version, source=source, created_at=at,
+            user_id=user_id, character_id=character.id, character_version=character.version, source=source,
+            created_at=at,
         )  # fmt: skip
         self.store.add_characters([character])
         self.store.add_conversations([conversation])

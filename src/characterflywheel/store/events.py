@@ -194,8 +194,7 @@ class EventStore:
             with self._write() as connection:
                 for name, (names, rows) in prepared:
                     if rows:
-                        cursor = connection.connection.cursor()
-                        cursor.executemany(schema.insert(schema.EVENTS[name], names), rows)
+                        connection.exec_driver_sql(schema.insert(schema.EVENTS[name], names), rows)
         except IntegrityError as error:
             raise FlywheelError(
                 f"cannot append to {', '.join(name for name, (_, rows) in prepared if rows)}: {error.orig}; "

@@ -1,0 +1,110 @@
+"""A window of the store as files: what is in it, who is in it, and the same bytes each time."""
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from characterflywheel import tables
+from characterflywheel.characters import bundled_characters
+from characterflywheel.records import Character, Conversation, Exposure, Message, Signal, User
+from characterflywheel.store import EventStore, Position
+from characterflywheel.store.export import conversations_from_export
+
+AT = datetime(2026, 1, 5, 1, 2, 3, 456789, tzinfo=UTC)
+
+
+def filled(path: Path) -> EventStore:
+    """Ann, who consents, talks with the pirate; Ben, who does not, with the baker; each says two things."""
+    store = EventStore.open(path)
+    store.add_characters(bundled_characters().values())
+    store.add_users(
+        User(id=name, population="user", consent=name != "ben", created_at=AT) for name in ("ann", "ben", "cat")
+    )
+    store.add_conversations(
+        Conversation(
+            id=f"talk-{name}", user_id=name, character_id=character, character_version=1, source="user", created_at=AT
+        )
+        for name, character in (("ann", "pirate"), ("ben", "baker"))
+    )
+    for number in range(4):
+        name = ("ann", "ben")[number % 2]
+        at = AT + timedelta(minutes=number)
+        store.append(
+            messages=[
+                Message(
+                    id=f"{role}-{number}", conversation_id=f"talk-{name}", user_id=name, role=role, content=f"{number}",
+                    model="base" if role == "assistant" else None, fallback=number == 2, created_at=at,
+                )
+                for role in ("user", "assistant")
+            ],
+            signals=[
+                Signal(id=f"s{number}", message_id=f"assistant-{number}", user_id=name, kind="love", created_at=at)
+            ],
+            exposures=[Exposure(id=f"e{number}", experiment="x", arm="a", user_id="cat", created_at=at)],
+        )  # fmt: skip
+    return store
+
+
+def test_export_holds_the_window_and_what_it_refers_to(tmp_path: Path) -> None:
+    with filled(tmp_path / "flywheel.db") as store:
+        store.export(tmp_path / "all", Position(), store.position(), consenting_only=False)
+        store.export(tmp_path / "later", Position(messages=4, signals=3, exposures=4), store.position())
+    messages = tables.read(tmp_path / "all" / "messages.parquet", Message)
+    assert [message.id for message in messages][:3] == ["user-0", "assistant-0", "user-1"]
+    assert messages[5].fallback
+    assert messages[5].model == "base"
+    assert messages[2].created_at == AT + timedelta(minutes=1)
+    assert [user.id for user in tables.read(tmp_path / "all" / "users.parquet", User)] == ["ann", "ben", "cat"]
+    later = {
+        "messages": tables.read(tmp_path / "later" / "messages.parquet", Message),
+        "signals": tables.read(tmp_path / "later" / "signals.parquet", Signal),
+        "exposures": tables.read(tmp_path / "later" / "exposures.parquet", Exposure),
+        "users": tables.read(tmp_path / "later" / "users.parquet", User),
+        "conversations": tables.read(tmp_path / "later" / "conversations.parquet", Conversation),
+    }
+    assert {name: [row.id for row in rows] for name, rows in later.items()} == {
+        "messages": ["user-2", "assistant-2"], "signals": [], "exposures": [], "users": ["ann"],
+        "conversations": ["talk-ann"],
+    }  # fmt: skip
+    assert [c.id for c in tables.read_jsonl(tmp_path / "later" / "characters.jsonl", Character)] == ["pirate"]
+
+
+def test_consent_keeps_people_out_of_every_file(tmp_path: Path) -> None:
+    with filled(tmp_path / "flywheel.db") as store:
+        store.export(tmp_path / "x", Position(), store.position())
+        store.set_consent("ben", True)
+        store.export(tmp_path / "y", Position(), store.position())
+    for name in ("messages", "signals", "users", "conversations"):
+        assert b"ben" not in (tmp_path / "x" / f"{name}.parquet").read_bytes()
+    assert len(tables.read(tmp_path / "x" / "messages.parquet", Message)) == 4
+    assert len(tables.read(tmp_path / "x" / "exposures.parquet", Exposure)) == 4
+    assert len(tables.read(tmp_path / "y" / "messages.parquet", Message)) == 8
+
+
+def test_conversations_come_back_with_their_messages_in_order(tmp_path: Path) -> None:
+    with filled(tmp_path / "flywheel.db") as store:
+        store.export(tmp_path / "x", Position(), store.position(), consenting_only=False)
+    ann, ben = conversations_from_export(tmp_path / "x")
+    assert ann.id == "talk-ann"
+    assert [message.id for message in ann.messages] == ["user-0", "assistant-0", "user-2", "assistant-2"]
+    assert [message.id for message in ben.messages] == ["user-1", "assistant-1", "user-3", "assistant-3"]
+
+
+def test_the_same_window_gives_the_same_bytes(tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "two"):
+        with filled(tmp_path / f"{name}.db") as store:
+            until = store.position()
+            for _ in range(2):
+                store.export(tmp_path / name, Position(), until)
+                files = sorted((tmp_path / name).iterdir())
+                digests.append([(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files])
+    assert len(digests[0]) == 6
+    assert all(digest == digests[0] for digest in digests)
+
+
+def test_an_empty_window_has_its_columns(tmp_path: Path) -> None:
+    with filled(tmp_path / "flywheel.db") as store:
+        store.export(tmp_path / "x", store.position(), store.position())
+    assert tables.read(tmp_path / "x" / "messages.parquet", Message) == []
+    assert conversations_from_export(tmp_path / "x") == []
