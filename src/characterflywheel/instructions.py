@@ -133,15 +133,17 @@ def _pattern(vocabulary: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
 
-def _emoji_spans(text: str) -> list[tuple[int, int]]:
+@lru_cache(maxsize=8192)
+def _emoji_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """Where the emoji of `text` are. Kept, as the same replies are asked about by rules, style and reward."""
     if text.isascii():
-        return []
+        return ()
     found = ((hit["match_start"], hit["match_end"]) for hit in emoji.emoji_list(text))
-    return [(start, end) for start, end in found if text[start:end] not in _TEXT_SYMBOLS]
+    return tuple((start, end) for start, end in found if text[start:end] not in _TEXT_SYMBOLS)
 
 
 def _ends_with_question(text: str) -> bool:
-    spans = _emoji_spans(text)
+    spans = list(_emoji_spans(text))
     while spans and not text[spans[-1][1] :].strip("\ufe0f\u200d \t\n\"'”’»*_)]"):
         text = text[: spans.pop()[0]]
     return _QUESTION_END.search(text) is not None

@@ -47,8 +47,11 @@ class EventStore:
         event.listen(self._engine, "connect", _set_up)
         event.listen(self._engine, "begin", _begin)
         try:
-            with self._write() as connection:
-                _create(connection, path)
+            with self.read() as connection:
+                ready = _is_ready(connection, path)
+            if not ready:
+                with self._write() as connection:
+                    _create(connection, path)
         except DatabaseError as error:
             self.close()
             raise FlywheelError(
@@ -252,14 +255,19 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
-def _create(connection: Connection, path: Path) -> None:
+def _is_ready(connection: Connection, path: Path) -> bool:
+    """Whether the file holds this program's schema; a file that holds another is an error."""
     version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version == schema.VERSION:
-        return
-    if version != 0:
+    if version not in (0, schema.VERSION):
         raise FlywheelError(
             f"{path} has schema version {version}, this program reads {schema.VERSION}; use the program that wrote it."
         )
+    return bool(version)
+
+
+def _create(connection: Connection, path: Path) -> None:
+    if _is_ready(connection, path):  # another process was faster
+        return
     schema.METADATA.create_all(connection)
     for statement in schema.triggers():
         connection.exec_driver_sql(statement)
