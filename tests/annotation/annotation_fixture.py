@@ -37,6 +37,7 @@ class Writer:
     name: str
     calls: int = 0
     seen: list[str] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
 
     def complete(
         self,
@@ -48,6 +49,7 @@ class Writer:
     ) -> list[list[Completion]]:
         self.calls += len(conversations)
         self.seen += [conversation[0].content for conversation in conversations]
+        self.temperatures.append(sampling.temperature)
         out = []
         for seed in seeds:
             rng = random.Random(seed)

@@ -5,6 +5,7 @@ it was and draws the same text: how prompts are grouped can change a sampled tok
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from ..progress import Advance
 from ..records import Candidate, ChatMessage, Dropped, Prompt
 
 STAGE = "annotate"
-CHUNK = 16
+CHUNK = 32
 HINTS = (
     "Reply in one or two short sentences, then ask a question about what the user just said.",
     "Reply warmly and plainly, in at most 20 words, and react to a detail of the user's message.",
@@ -26,16 +27,19 @@ HINTS = (
 
 
 class RewritePolicy:
-    """A policy of the pool: a model that is told, beyond the character, how its reply should be written.
+    """A policy of the pool: a model that is told, beyond the character, how to write, and that writes with more care.
 
-    The hint is drawn by the conversation's seed and stands at the end of the system prompt, which the candidate's
-    prompt does not show: only the reply is used. So the pool's alternatives differ in kind, not by chance alone.
+    The hint is drawn by the conversation's seed and stands at the end of the system prompt; only the reply is used, so
+    nothing downstream sees it. Sampling is cooled by the factor `cooling`. So the pool's alternatives differ in kind,
+    not by chance alone.
     """
 
-    def __init__(self, model: ChatModel, hints: Sequence[str] = HINTS) -> None:
+    def __init__(self, model: ChatModel, hints: Sequence[str] = HINTS, cooling: float = 0.6) -> None:
         if not hints:
             raise FlywheelError("hints is empty: a rewrite policy needs at least one.")
-        self.model, self.hints = model, tuple(hints)
+        if not 0 < cooling <= 1:
+            raise FlywheelError(f"cooling == {cooling}, must be > 0 and <= 1.")
+        self.model, self.hints, self.cooling = model, tuple(hints), cooling
         self.name = f"{model.name}+rewrite"
 
     def complete(
@@ -46,12 +50,13 @@ class RewritePolicy:
         sampling: Sampling = Sampling(),
         seeds: Sequence[int],
     ) -> list[list[Completion]]:
-        """As `ChatModel.complete`. The log-probabilities are those under the prompt with its hint."""
+        """As `ChatModel.complete`; log-probabilities are those of the cooled sampler under the prompt with its hint."""
+        cooled = replace(sampling, temperature=self.cooling * sampling.temperature)
         hinted = [
             self._with_hint(conversation, self.hints[ids.derive_seed("hint", seed) % len(self.hints)])
             for conversation, seed in zip(conversations, seeds, strict=True)
         ]
-        return self.model.complete(hinted, n=n, sampling=sampling, seeds=seeds)
+        return self.model.complete(hinted, n=n, sampling=cooled, seeds=seeds)
 
     def _with_hint(self, conversation: Sequence[ChatMessage], hint: str) -> list[ChatMessage]:
         head = [m for m in conversation[:1] if m.role == "system"]
