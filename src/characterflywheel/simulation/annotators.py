@@ -5,6 +5,7 @@ character's description, more or less strictly. A rewrite is what a person would
 are good, cut the rest, put right what the character's creator asked for, and now and then forget one thing.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -16,13 +17,15 @@ from ..records import Answers, Candidate, Character, ChatMessage, Judgement, Tas
 from ..text import folded, ngrams
 from .chitchat import Fits
 from .reactions import utility
-from .senses import NOTICED, Matrix, Scene, Senses, unfinished
+from .senses import NOTICED, Matrix, Scene, Senses
 from .users import Crowd, draw_crowd
 from .utterances import Words
 
 DESK_OPENS = datetime(2026, 1, 5, 9, tzinfo=UTC)
 TEMPLATE_WORDS = 5
-_REFUSAL, _PREACHY, _GIBBERISH, _BROKEN, _EMOJIS, _WORDS = (
+_MARKS = re.compile(r"[\"“”*_]+")
+_ENDS = re.compile(r"[.!?…]\W*$")
+_REFUSAL, _PREACHY, _STRANGE, _BROKEN, _EMOJIS, _WORDS = (
     NOTICED.index(name) for name in ("refusal", "preachy", "gibberish", "broken_rules", "emojis", "log_words")
 )
 
@@ -182,7 +185,7 @@ def rewritten(
         if len(instructions.words(" ".join([*kept, sentence]))) <= room:
             kept.append(sentence)
     if len(instructions.words(" ".join(kept))) < 3 and heard:
-        kept = instructions.sentences(words.real_reply(heard[0]))[:2]
+        kept = [_tidy(part) for part in instructions.sentences(words.real_reply(heard[0], character))[:2]]
     if heard and "ends_with_question" not in rules and "?" not in " ".join(kept) and rng.random() < 0.4:
         question = words.real_question(f"{heard[0]} {' '.join(kept)}", longest=8)
         kept += [question] if question else []
@@ -197,13 +200,23 @@ def rewritten(
 
 
 def _good_sentences(character: Character, history: tuple[ChatMessage, ...], reply: str, senses: Senses) -> list[str]:
-    """The finished sentences of a reply that neither refuse nor preach nor are gibberish nor come twice."""
-    parts = list(dict.fromkeys(instructions.sentences(reply)))
+    """The finished sentences of a reply that neither refuse nor preach nor read like gibberish nor come twice."""
+    parts = [
+        part
+        for part in dict.fromkeys(instructions.sentences(" ".join(_MARKS.sub(" ", reply).split())))
+        if part[0].isalnum() and len(part.split()) > 1 and _ENDS.search(part)
+    ]
     if not parts:
         return []
     seen = senses.observe([Scene(character, history, part) for part in parts])
     return [
         part
         for part, row in zip(parts, seen, strict=True)
-        if unfinished(part) < 0.5 and row[[_REFUSAL, _PREACHY, _GIBBERISH]].max() < 0.5
+        if row[[_REFUSAL, _PREACHY]].max() < 0.5 and row[_STRANGE] < 0.1
     ]
+
+
+def _tidy(sentence: str) -> str:
+    """A chat message's sentence with a capital and a full stop."""
+    text = sentence[:1].upper() + sentence[1:]
+    return text if _ENDS.search(text) else f"{text}."

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,10 +24,11 @@ from pydantic import TypeAdapter
 from scipy import optimize, special
 
 from ..errors import FlywheelError
+from ..text import folded
 
 PACKAGE = "chitchat-dataset"
 SHORTEST, LONGEST = 2, 40
-EXCHANGES, OPENERS = 2000, 500
+EXCHANGES, OPENERS = 1500, 400
 WEEK = 7
 UTC_MINUS = 7  # hours; the data's people were in Utah, and the world's clock shows local time
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
@@ -83,8 +84,8 @@ class Fits:
     """Distributions fitted to the real conversations.
 
     `leave`: chance that the one who began does not write again after an answer (beta-geometric, maximum
-    likelihood). `visit`: chance to come on a day, for someone who came at least once in the week before
-    (beta-binomial, conditioned). `words` a turn, `lag` seconds before a turn. `hours`: shares of the day's 24
+    likelihood). `visit`: chance to come on each of the six days after one on which they came
+    (beta-binomial, maximum likelihood). `words` a turn, `lag` seconds before a turn. `hours`: shares of the day's 24
     hours, local time.
     """
 
@@ -99,13 +100,15 @@ class Fits:
 class RealPeople:
     """What the world knows of real people: distributions, words, and percentiles to compare the crowd with.
 
+    `vocabulary` are words that people used at least twice, `pairs` neighbouring words ("word word") that anyone used.
     `exchanges` and `openers` are drawn once (the same for every seed) from those a stranger may read.
-    `observed` holds the 101 percentiles of: stay (turns), words (a turn), lag (seconds), days (of the six after the
-    first), rating.
+    `observed` holds the 101 percentiles of: stay (turns), words (a turn), lag (seconds), days (of the six after a
+    visit), rating.
     """
 
     fits: Fits
     vocabulary: frozenset[str]
+    pairs: frozenset[str]
     exchanges: tuple[Exchange, ...]
     openers: tuple[str, ...]
     observed: dict[str, tuple[float, ...]]
@@ -130,6 +133,7 @@ def write_whole(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
+    Path(temporary).chmod(0o644)
     Path(temporary).replace(path)
 
 
@@ -144,7 +148,7 @@ def _learn() -> RealPeople:
     lags = [(b.sender, max(1.0, b.at - a.until)) for turns in talks for a, b in itertools.pairwise(turns)]
     hours = np.bincount([int(t.at // 3600) % 24 for turns in talks for t in turns], minlength=24)
     ratings = [rating for entry in entries if (rating := _rating(entry)) is not None]
-    days = _days_after_first(everyone)
+    days = _days_after(everyone)
     leave, visit = _beta_geometric(np.array(stays)), _beta_binomial(np.array(days), WEEK - 1)
     observed: dict[str, Sequence[float]] = {
         "stay": stays,
@@ -156,16 +160,22 @@ def _learn() -> RealPeople:
     return RealPeople(
         fits=Fits(
             leave=leave,
-            visit=Beta(visit.a + 1, visit.b + WEEK - 1),
+            visit=visit,
             words=_spread(lengths),
             lag=_spread(lags),
             hours=tuple(np.roll(hours / hours.sum(), -UTC_MINUS).tolist()),
         ),
         vocabulary=frozenset(word.casefold() for word, count in cased.items() if count > 1),
+        pairs=frozenset(pair for turns in everyone for turn in turns for pair in word_pairs(folded(turn.text))),
         exchanges=_draw_exchanges(talks, familiar),
         openers=_draw_openers(everyone, familiar),
         observed={name: percentiles(values) for name, values in observed.items()},
     )
+
+
+def word_pairs(read: Sequence[str]) -> list[str]:
+    """Neighbouring words, as "word word"."""
+    return [f"{a} {b}" for a, b in itertools.pairwise(read)]
 
 
 def words(text: str) -> list[str]:
@@ -216,15 +226,14 @@ def _draw_openers(everyone: Sequence[Sequence[Turn]], familiar: frozenset[str]) 
     return tuple([begins[n] for n in drawn if presentable(begins[n], familiar)][:OPENERS])
 
 
-def _days_after_first(everyone: Sequence[Sequence[Turn]]) -> list[int]:
-    """For each person first seen at least a week before the data end: active days among the next six."""
+def _days_after(everyone: Sequence[Sequence[Turn]]) -> list[int]:
+    """For each person and day they came, a week or more before the data end: days they came among the next six."""
     days: dict[str, set[int]] = {}
     for turns in everyone:
         for turn in turns:
             days.setdefault(turn.sender, set()).add(int(turn.at // 86_400))
     end = max(max(d) for d in days.values())
-    firsts = ((min(d), d) for d in days.values())
-    return [sum(first < day < first + WEEK for day in d) for first, d in firsts if end - first >= WEEK]
+    return [sum(day < y < day + WEEK for y in d) for d in days.values() for day in sorted(d) if end - day >= WEEK]
 
 
 class _Dataset(NamedTuple):
@@ -265,25 +274,25 @@ def _rating(entry: dict[str, object]) -> float | None:
 
 
 def _beta_geometric(stays: NDArray[np.int64]) -> Beta:
-    """Maximum likelihood for P(n) = B(a + 1, b + n - 1) / B(a, b): each stays with a chance of their own."""
-
-    def loss(logs: NDArray[np.float64]) -> float:
-        a, b = np.exp(logs)
-        return -float(np.sum(special.betaln(a + 1, b + stays - 1) - special.betaln(a, b)))
-
-    a, b = np.exp(optimize.minimize(loss, np.zeros(2)).x)
-    return Beta(float(a), float(b))
+    """Maximum likelihood for P(n) = B(a + 1, b + n - 1) / B(a, b): each leaves with a chance of their own."""
+    return _likeliest(lambda a, b: special.betaln(a + 1, b + stays - 1) - special.betaln(a, b))
 
 
 def _beta_binomial(counts: NDArray[np.int64], trials: int) -> Beta:
     """Maximum likelihood for `counts` successes of `trials`, each person with a chance of their own."""
+    return _likeliest(lambda a, b: special.betaln(a + counts, b + trials - counts) - special.betaln(a, b))
+
+
+def _likeliest(log_likelihood: Callable[[float, float], NDArray[np.float64]]) -> Beta:
+    """Parameters between 0.01 and 1,000 that maximise a log-likelihood."""
 
     def loss(logs: NDArray[np.float64]) -> float:
         a, b = np.exp(logs)
-        return -float(np.sum(special.betaln(a + counts, b + trials - counts) - special.betaln(a, b)))
+        return -float(np.mean(log_likelihood(a, b)))
 
-    a, b = np.exp(optimize.minimize(loss, np.zeros(2)).x)
-    return Beta(float(a), float(b))
+    bounds = [(np.log(0.01), np.log(1000))] * 2
+    a, b = np.exp(optimize.minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=bounds).x)
+    return Beta(round(float(a), 4), round(float(b), 4))
 
 
 def _spread(observed: Sequence[tuple[str, float]]) -> Spread:

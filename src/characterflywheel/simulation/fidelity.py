@@ -15,6 +15,7 @@ from ..records import Record
 from .chitchat import WEEK, words
 from .lore import Lore
 from .reactions import p_continue, utility
+from .talking import MOOD
 from .users import Column, draw_crowd
 
 LONGEST = 400
@@ -36,7 +37,7 @@ class Comparison(Record):
 
 
 def measure(lore: Lore, n: int, seed: int) -> tuple[Comparison, ...]:
-    """Compare stays (turns), words a turn, pauses (seconds), days of the six after the first, and ratings."""
+    """Compare stays (turns), words a turn, pauses (seconds), days of the six after a visit, and ratings."""
     rng = np.random.default_rng(derive_seed(seed, "fidelity"))
     crowd = draw_crowd(lore.real.fits, n, seed, "fidelity")
     stays, liking = np.ones(n), np.zeros(n)
@@ -57,8 +58,8 @@ def measure(lore: Lore, n: int, seed: int) -> tuple[Comparison, ...]:
         "stay": stays,
         "words": [float(len(words(text))) for text in spoken],
         "lag": pauses,
-        "days": came[1:, came[0]].sum(axis=0).astype(np.float64),
-        "rating": [lore.rating(value) for value in liking / stays],
+        "days": came[1:].sum(axis=0).astype(np.float64),
+        "rating": [lore.rating(value) for value in liking / stays + MOOD * rng.standard_normal(n)],
     }
     return tuple(compare(name, lore.real.observed[name], np.asarray(values)) for name, values in simulated.items())
 

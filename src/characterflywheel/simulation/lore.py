@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..llm.encoder import Encoder
 from ..records import Character, ChatMessage, Instruction
 from .chitchat import RealPeople, real_people
 from .reactions import raw_utility, utility
-from .senses import NOTICED, Matrix, Scene, Senses
+from .senses import NOTICED, Encoder, Matrix, Scene, Senses
 from .users import Column, draw_crowd
 from .utterances import Words
 
@@ -45,7 +44,7 @@ class Lore:
 def gather(encoder: Encoder, cache: Path) -> Lore:
     """Learn everything; from the cache (made if missing) in a second, else in half a minute."""
     real = real_people(cache)
-    senses = Senses(encoder, real.vocabulary)
+    senses = Senses(encoder, real.vocabulary, real.pairs)
     words = Words(real, senses, cache)
     pairs = words.real_scenes(REAL_ANSWERS)
     answers = senses.observe([Scene(STRANGER, (ChatMessage(role="user", content=a),), b) for a, b in pairs])

@@ -125,16 +125,21 @@ def set_stage(bank: Bank, senses: Senses) -> Stage:
 
 
 def live_through(stage: Stage, crowd: Crowd, arm: Numbers, anchor: float, fits: Fits, days: int, seed: int) -> Visits:
-    """Seven days before the experiment, everybody with the control, then `days` days with each person's own arm."""
+    """Seven days before the experiment, everybody with the control, then `days` days with each person's own arm.
+
+    Everyone arrives on a day of their own, evenly spread over both weeks, and comes back after it by habit.
+    """
     n = len(crowd)
     rng = np.random.default_rng(derive_seed(seed, "habits"))
     root = np.linalg.cholesky(stage.faces + 1e-3 * np.eye(len(stage.faces)))
     fondness = 3 * rng.standard_normal((n, len(root))) @ root.T
+    arrival = rng.integers(-PRE_DAYS, days, n)
     satisfaction = np.zeros(n)
     rows: list[Visits] = []
     for day in range(-PRE_DAYS, days):
         rng = np.random.default_rng(derive_seed(seed, "day", day))
-        came = rng.random(n) < p_visit(satisfaction, crowd)
+        returns = rng.random(n) < p_visit(satisfaction, crowd)
+        came = (arrival == day) | returns & (arrival < day)
         clock = day * DAY + 3600 * (rng.choice(24, n, p=fits.hours) + rng.random(n))
         character = np.argmax(fondness + rng.gumbel(size=fondness.shape), axis=1)
         begin = rng.integers(0, 1 << 30, n)

@@ -28,10 +28,10 @@ class Act(NamedTuple):
 
 
 ACTS = (
-    Act("thumb_up", -3.1, 1.0),
-    Act("thumb_down", -4.6, -1.0),
-    Act("love", -4.4, 1.3),
-    Act("regenerate", -4.5, -0.7),
+    Act("thumb_up", -3.0, 0.7),
+    Act("thumb_down", -4.6, -0.7),
+    Act("love", -4.5, 0.9),
+    Act("regenerate", -4.4, -0.5),
     Act("report", -7.5, -0.6),
 )
 

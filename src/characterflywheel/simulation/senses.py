@@ -4,15 +4,16 @@ Each is smooth and bounded, so the landscape that the flywheel climbs has no cli
 them differently: `reactions.py`. Column order is `NOTICED`.
 """
 
+import functools
+import itertools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import instructions
-from ..llm.encoder import Encoder
 from ..records import Character, ChatMessage
 from ..text import folded, list_marks, ngrams
 
@@ -63,6 +64,14 @@ _DANGLING = frozenset([
 _ENDED = re.compile(r"[.!?…~)\]\"'”’*]\s*$")
 
 
+class Encoder(Protocol):
+    """A sentence encoder: unit vectors, shape (len(texts), width), as `llm.encoder.Encoder` makes them."""
+
+    threads: int
+
+    def encode(self, texts: Sequence[str]) -> Vectors: ...
+
+
 class Scene(NamedTuple):
     """A reply where it was given. `history` ends with the user's message; a system prompt in it is ignored."""
 
@@ -74,8 +83,8 @@ class Scene(NamedTuple):
 class Senses:
     """Measures scenes; keeps the embeddings of texts it has met."""
 
-    def __init__(self, encoder: Encoder, vocabulary: frozenset[str]) -> None:
-        self.encoder, self.vocabulary = encoder, vocabulary
+    def __init__(self, encoder: Encoder, vocabulary: frozenset[str], pairs: frozenset[str]) -> None:
+        self.encoder, self.vocabulary, self.pairs = encoder, vocabulary, pairs
         self._known: dict[str, NDArray[np.float32]] = {}
 
     def remember(self, texts: Sequence[str], vectors: Vectors) -> None:
@@ -123,18 +132,39 @@ class Senses:
             "refusal": _saturate(len(_REFUSAL.findall(reply)), 0.7),
             "unsafe": _saturate(len(_UNSAFE.findall(reply)), 0.7),
             "unfinished": unfinished(reply),
-            "gibberish": self._gibberish(read, scene.character),
+            "gibberish": self.strangeness(reply, scene.character),
             "repetition": _repetition(read, [folded(text) for text in before]),
             "emojis": float(len(instructions.emojis(reply))),
             "log_words": float(np.log1p(len(read))),
         }
         return [values[name] for name in NOTICED]
 
-    def _gibberish(self, read: Sequence[str], character: Character) -> float:
-        """How far the share of words that neither people nor the character use goes beyond what is usual."""
-        own = set(folded(portrait(character)))
+    def strangeness(self, text: str, character: Character) -> float:
+        """0 for what reads like language, towards 1 for gibberish.
+
+        How far the share of words that nobody uses, or of neighbouring words that nobody puts together, goes beyond
+        what is usual. Words of the character's own description are taken as known, and their neighbours too.
+        """
+        read = folded(text)
+        own = _own_words(character)
         strange = sum(word not in self.vocabulary and word not in own and not word.isdigit() for word in read)
-        return _step(strange / max(1, len(read)), 0.12, 0.5)
+        pairs = [f"{a} {b}" for a, b in itertools.pairwise(read) if a not in own and b not in own]
+        unheard = sum(pair not in self.pairs for pair in pairs)
+        return max(
+            _step(strange / max(1, len(read)), 0.05, 0.35),
+            _step(unheard / max(4, len(pairs)), 0.3, 0.8),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _own(text: str) -> frozenset[str]:
+    return frozenset(word for word in folded(text) if len(word) > 3)
+
+
+def _own_words(character: Character) -> frozenset[str]:
+    """The longer words of a character's description, greeting, instructions and the word lists of its rules."""
+    rules = [word for one in character.instructions if one.rule for word in one.rule.words]
+    return _own(" ".join([portrait(character), *(one.text for one in character.instructions), *rules]))
 
 
 def portrait(character: Character) -> str:

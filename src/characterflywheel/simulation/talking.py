@@ -16,6 +16,7 @@ from .users import Crowd
 from .utterances import challenge
 
 RATES = 0.1  # share of people who rate a conversation when it ends
+MOOD = 0.7  # spread of ratings, in utility, that a conversation does not explain
 TESTERS_PATIENCE = 1.5  # log-odds; testing is their work
 CHALLENGES_FIRST, CHALLENGES_LATER = 0.3, 0.5
 
@@ -107,6 +108,7 @@ def take_turn(
     pauses = np.clip(np.exp(who.pause + lore.real.fits.lag.within * rng.standard_normal(n)), 1, 600)
     following = lore.words.answer(who, [r.content for r in replies], [t.said() for t in talks], rng)
     challenges = rng.random(n) < CHALLENGES_LATER
+    moods = MOOD * rng.standard_normal(n)
     going = []
     for i, (talk, reply) in enumerate(zip(talks, replies, strict=True)):
         talk.values.append(float(value[i]))
@@ -117,7 +119,7 @@ def take_turn(
         if not last:
             service.signal(reply.id, talk.user_id, "continue", at, float(stays[i]))
         if rates[i]:
-            service.signal(reply.id, talk.user_id, "rating", at, lore.rating(float(np.mean(talk.values))))
+            service.signal(reply.id, talk.user_id, "rating", at, lore.rating(float(np.mean(talk.values)) + moods[i]))
         if stays[i]:
             talk.now = reply.created_at + timedelta(seconds=3 + int(pauses[i]))
             tests = talk.source == "internal" and challenges[i]

@@ -24,6 +24,9 @@ TASTE = {
     "unfinished": -0.9, "gibberish": -1.3, "repetition": -1.2,
 }  # fmt: skip
 SPREAD = 0.35
+# Utilities of real answers vary by about 0.75, which flattens the chance to stay when averaged over them. Log-odds
+# larger by sqrt(1 + 0.346 * 0.75 ** 2) make up for it (the usual approximation of a logistic-normal mean).
+STAY_SCALE = 1.09
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def draw_crowd(fits: Fits, n: int, *seed: object) -> Crowd:
         likes_words=0.5 * words + 0.5 * fits.words.mean + 0.35 + rng.normal(0, 0.25, n),
         length_care=0.9 * np.exp(rng.normal(0, SPREAD, n)),
         emoji_taste=rng.normal(0.27, 0.4, n),
-        stay=-special.logit(np.clip(leave, 1e-3, 1 - 1e-3)),
+        stay=-STAY_SCALE * special.logit(np.clip(leave, 1e-3, 1 - 1e-3)),
         visit=special.logit(np.clip(visit, 1e-3, 1 - 1e-3)),
         pause=fits.lag.mean + rng.normal(0, fits.lag.between, n),
         thumbs=rng.normal(-0.5, 1.0, n),

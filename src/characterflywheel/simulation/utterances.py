@@ -86,9 +86,10 @@ class Words:
         """The first `count` real exchanges: what an answer worth utility 0 looks like."""
         return list(zip(self.said[:count], self.answers[:count], strict=True))
 
-    def real_reply(self, to: str) -> str:
-        """What a real person answered to the message closest to `to`."""
-        return self.answers[int(np.argmax(self.said_at @ self.senses.embed([to])[0]))]
+    def real_reply(self, to: str, character: Character) -> str:
+        """What a real person answered to something close to `to`, the closer to the character the better."""
+        heard, face = self.senses.embed([to, portrait(character)])
+        return self.answers[int(np.argmax(self.said_at @ heard + 0.5 * self.answers_at @ face))]
 
     def real_question(self, topic: str, longest: int) -> str | None:
         """The real one-sentence question of at most `longest` words nearest to a topic; None if there is none."""

@@ -13,7 +13,6 @@ from ..config import WorldConfig
 from ..errors import FlywheelError
 from ..experiment.assignment import assign
 from ..ids import derive_id, derive_seed
-from ..llm.encoder import Encoder
 from ..llm.models import cache_folder
 from ..people import Bank, Service
 from ..records import Character, Judgement, Source, Task
@@ -22,6 +21,7 @@ from . import fidelity, population
 from .annotators import Desk, draw_annotator, judge_task
 from .chronicle import Written, write_week
 from .lore import gather
+from .senses import Encoder
 from .talking import arrive, new_users, take_turn
 from .users import draw_crowd
 
