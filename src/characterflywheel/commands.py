@@ -1,6 +1,6 @@
 """What the longer commands of `cli` do: turn the flywheel, plan it, show an experiment, change what serves by hand."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from .workspace import Workspace
 
 if TYPE_CHECKING:
     from .config import FlywheelConfig
-    from .people import People
+    from .people import Bank, People
     from .store import EventStore
 
 
@@ -45,7 +45,7 @@ def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int],
         with EventStore.open(workspace.database) as store:
             people = people_of(workspace, config, store)
             for number in numbers:
-                row = generation.turn(workspace, config, store, people, number, until=until)
+                row = generation.turn(workspace, config, store, people, number, until=until, oracle=oracle_of(people))
                 if row is None:
                     print(f"stopped after {until}; the same command without --until goes on")
                     return
@@ -75,6 +75,21 @@ def people_of(workspace: Workspace, config: "FlywheelConfig", store: "EventStore
     return SimulatedPeople(
         config.world, config.seed, store, Encoder(encoder_folder(config.models.encoder), threads), threads
     )
+
+
+def oracle_of(people: "People") -> "Callable[[Bank], ledger.Truth] | None":
+    """What the embedded world knows of the lifts that truly exist; None where people are real."""
+    from .simulation.world import SimulatedPeople  # noqa: PLC0415
+
+    if not isinstance(people, SimulatedPeople):
+        return None
+
+    def truth(bank: "Bank") -> ledger.Truth:
+        lift = people.true_lift(bank)
+        note = f"over {lift.n:,} simulated people who lived through both arms"
+        return ledger.Truth(breadth_lift=lift.breadth, depth_lift=lift.depth, note=note)
+
+    return truth
 
 
 def show_experiment(workspace: Workspace, number: int | None, as_json: bool) -> None:

@@ -44,6 +44,13 @@ class WorldConfig(Section):
     population: int = Field(12_000, ge=100, description="people who live through an experiment")
 
 
+class ServingConfig(Section):
+    """How the model in service answers."""
+
+    temperature: float = Field(0.8, ge=0)
+    max_tokens: int = Field(48, ge=1)
+
+
 class CurateConfig(Section):
     """Filters, diversity and strata (PAPER section 1)."""
 
@@ -69,7 +76,7 @@ class AnnotateConfig(Section):
     prompts: int = Field(48, ge=1)
     candidates: int = Field(4, ge=2, description="alternatives for each prompt, over the pool of policies")
     reviewers: int = Field(2, ge=1, description="reviews of each task")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     max_length_ratio: float = Field(3.0, gt=1, description="pairs with a longer to shorter ratio above are dropped")
     max_emoji_difference: int = Field(2, ge=0)
@@ -95,7 +102,7 @@ class RejectionConfig(Section):
 
     prompts: int = Field(40, ge=1)
     candidates: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     accept_per_prompt: int = Field(1, ge=1)
     accept_share: float = Field(0.75, gt=0, le=1, description="share of prompts whose best reply is accepted")
@@ -131,12 +138,13 @@ class RLConfig(Section):
     prompts_per_step: int = Field(4, ge=1)
     group: int = Field(6, ge=2, description="replies for each prompt")
     learning_rate: float = Field(1e-5, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     max_prompt_tokens: int = Field(192, ge=32)
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
     kl_weight: float = Field(0.0, ge=0)
+    ordinary_share: float = Field(0.25, ge=0, le=1, description="share of prompts not chosen by their variance")
     truncate_ratio: float = Field(2.0, ge=1, description="upper bound of the trainer-to-sampler importance weight")
     train_layers: int | None = Field(None, ge=1)
 
@@ -145,13 +153,23 @@ class OfflineConfig(Section):
     """Offline evaluation (PAPER section 6)."""
 
     prompts: int = Field(48, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
+
+
+class StyleConfig(Section):
+    """Style artefacts (PAPER section 5)."""
+
+    prompts: int = Field(16, ge=1, description="prompts that the checkpoints between the old and the new model answer")
+    phrases: tuple[str, ...] = Field((), description="phrases to watch for besides the built-in features")
 
 
 class GateConfig(Section):
     """Bounds a release must respect (PAPER section 8)."""
 
+    held: Literal["stop", "experiment"] = Field(
+        "stop", description="whether a model that is held, not rejected, may still meet users in its experiment's arm"
+    )
     win_rate_min: float = 0.5
     win_rate_alarm: float = 0.65
     win_rate_gap_max: float = Field(0.15, description="user against internal win rate: further apart is a warning")
@@ -168,7 +186,7 @@ class ExperimentConfig(Section):
     replies: int = Field(2, ge=1, description="replies of each arm for each context")
     days: int = Field(7, ge=1)
     arm_share: float = Field(0.1, gt=0, le=0.5)
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     confidence: float = Field(0.95, gt=0.5, lt=1)
     min_users: int = Field(500, ge=2, description="below this many users an arm, no lift is stated")
@@ -185,6 +203,7 @@ class FlywheelConfig(Section):
     seed: int = 1
     models: ModelsConfig = ModelsConfig()
     world: WorldConfig | None = WorldConfig()
+    serving: ServingConfig = ServingConfig()
     curate: CurateConfig = CurateConfig()
     annotate: AnnotateConfig = AnnotateConfig()
     reward: RewardConfig = RewardConfig()
@@ -193,6 +212,7 @@ class FlywheelConfig(Section):
     dpo: DPOConfig = DPOConfig()
     rl: RLConfig = RLConfig()
     offline: OfflineConfig = OfflineConfig()
+    style: StyleConfig = StyleConfig()
     gate: GateConfig = GateConfig()
     experiment: ExperimentConfig = ExperimentConfig()
 
@@ -227,9 +247,8 @@ def load(path: Path) -> FlywheelConfig:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            value = _merge(merged[key], value)
-        merged[key] = value
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
     return merged
 
 

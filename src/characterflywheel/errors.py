@@ -8,7 +8,7 @@ class FlywheelError(Exception):
     """
 
 
-class Waiting(Exception):
+class Waiting(Exception):  # noqa: N818 - not an error
     """A stage cannot go on before people have done something (judged tasks, lived seven days).
 
     Not a failure: the CLI prints the message and exits with status 3; run again when they have.

@@ -13,7 +13,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from . import __version__, ids
+from . import __version__, ids, tables
 
+R = TypeVar("R", bound=BaseModel)
 S = TypeVar("S", bound=BaseModel)
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "tea-tasting")
 
@@ -62,10 +63,11 @@ class Artifact(Generic[S]):
 
 @dataclass
 class Work:
-    """What a stage's function is given: where to write, its seed, and a place for partial results."""
+    """What a stage's function is given: where to write, its seed, its declared inputs, a place for partial results."""
 
     folder: Path
     seed: int
+    inputs: Mapping[str, Artifact[Any]] = field(default_factory=dict)
 
     @property
     def partial(self) -> Path:
@@ -73,6 +75,13 @@ class Work:
         path = self.folder / ".partial"
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def resumed(self, name: str, record: type[R], make: Callable[[], Iterable[R]]) -> list[R]:
+        """The rows that a killed run left under `name`, else those that `make` returns, kept at once."""
+        path = self.partial / f"{name}.jsonl"
+        if not path.exists():
+            write_atomically(path, "".join(row.model_dump_json() + "\n" for row in make()))
+        return list(tables.read_jsonl(path, record))
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,8 @@ class Runner:
         _remove_unfinished(folder)
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        summary = stage.run(Work(folder, ids.derive_seed(stage.seed, stage.name)))
+        inputs = {role: self.load(source) for role, source in stage.inputs.items()}
+        summary = stage.run(Work(folder, ids.derive_seed(stage.seed, stage.name), inputs))
         seconds = time.monotonic() - started
         shutil.rmtree(folder / ".partial", ignore_errors=True)
         record = ArtifactRecord(
@@ -188,7 +198,10 @@ def summary_line(summary: BaseModel) -> str:
     if callable(line):
         return str(line())
     plain = {k: v for k, v in summary.model_dump().items() if isinstance(v, int | float | str)}
-    return ", ".join(f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}" for k, v in plain.items())
+    return ", ".join(
+        f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
+        for k, v in plain.items()
+    )
 
 
 def _remove_unfinished(folder: Path) -> None:

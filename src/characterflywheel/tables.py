@@ -49,7 +49,7 @@ def write(path: Path, record: type[R], rows: Iterable[R]) -> int:
     """Write rows as Parquet; returns how many."""
     table = pa.Table.from_pylist([_plain(row) for row in rows], schema=arrow_schema(record))
     pq.write_table(table, path, compression="zstd")
-    return table.num_rows
+    return int(table.num_rows)
 
 
 def read(path: Path, record: type[R]) -> list[R]:

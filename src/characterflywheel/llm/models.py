@@ -39,7 +39,9 @@ def encoder_folder(spec: str) -> Path:
 def _existing_folder(spec: str) -> Path:
     folder = Path(spec).expanduser()
     if not (folder / "config.json").exists():
-        raise FlywheelError(f"model folder {spec!r} has no config.json: give a Hugging Face model folder or package:NAME.")
+        raise FlywheelError(
+            f"model folder {spec!r} has no config.json: give a Hugging Face model folder or package:NAME."
+        )
     return folder
 
 

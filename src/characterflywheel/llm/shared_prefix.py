@@ -74,7 +74,10 @@ def plant(paths: Sequence[Path], device: torch.device | str = "cpu") -> Forest:
     for node, above in enumerate(parent):
         ancestors.append((*(ancestors[above] if above >= 0 else ()), node))
     order = sorted(range(len(segments)), key=lambda n: (ancestors[n][0], n))
-    start, ids, positions, owner = [0] * len(segments), [], [], []
+    start = [0] * len(segments)
+    ids: list[int] = []
+    positions: list[int] = []
+    owner: list[int] = []
     for node in order:
         start[node] = len(ids)
         depth = sum(len(segments[a]) for a in ancestors[node][:-1])
@@ -120,7 +123,9 @@ def hidden_states(
         q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
         if keep is not None:
             keep.append((k, v))
-        mixed = torch.cat([_attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees])
+        mixed = torch.cat(
+            [_attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
+        )
         x = finish_layer(layer, x, mixed)
     return backbone.norm(x)  # type: ignore[no-any-return]
 

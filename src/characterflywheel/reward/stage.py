@@ -64,8 +64,8 @@ def train_rewards(
     Held-out pairs never train. What is judged is what was saved: the models are read back from `work.folder` first.
     `on_progress(done, total)` counts optimiser steps of both preference models.
     """
-    training = sorted((pair for pair in pairs if not pair.held_out), key=lambda pair: pair.id)
-    held_out = sorted((pair for pair in pairs if pair.held_out), key=lambda pair: pair.id)
+    training = sorted((pair for pair in pairs if not pair.held_out), key=_order)
+    held_out = sorted((pair for pair in pairs if pair.held_out), key=_order)
     if not training:
         raise FlywheelError(f"{len(pairs)} preference pairs, none to train on: annotate more prompts.")
     form = backbone.chat_format(policy_folder, config.max_prompt_tokens)
@@ -145,6 +145,11 @@ def judge(models: RewardModels, training: Sequence[Preference], held_out: Sequen
         pointwise=pointwise,
         pairwise=pairwise,
     )
+
+
+def _order(pair: Preference) -> tuple[str, str]:
+    """By prompt, so that pairs of one prompt meet in one batch and share its tokens."""
+    return pair.prompt_id, pair.id
 
 
 def _quality(report: SignalReport) -> SignalQuality:

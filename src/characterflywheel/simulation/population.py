@@ -165,7 +165,7 @@ def live_through(stage: Stage, crowd: Crowd, arm: Numbers, anchor: float, fits: 
             turns[there] += 1
             there = there[stay[there] < p_continue(value, who)]
             clock += 1
-        satisfaction = np.where(came, 0.5 * satisfaction + 0.5 * total / np.maximum(1, turns), 0.85 * satisfaction)
+        satisfaction = np.where(came, 0.3 * satisfaction + 0.7 * total / np.maximum(1, turns), 0.9 * satisfaction)
     visits = _joined(rows)
     return visits.pick(np.lexsort((visits.person, visits.at)))
 

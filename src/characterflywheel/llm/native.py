@@ -1,0 +1,258 @@
+"""A sampler in plain torch that branches all replies of a prompt from one key-value cache.
+
+It runs the very weights that are being trained, so nothing has to be converted between a training step and the
+next rollout. Prompts that share a system prompt are prefilled as a tree. Attention of the replies to their prompt is
+one matrix product a prompt and key-value head; a finished prompt's slot is given to the next one (continuous
+batching). On processors with bfloat16 instructions it decodes in bfloat16.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..records import ChatMessage
+from .base import Completion, Sampling
+from .chat_format import ChatFormat
+from .shared_prefix import Segment, check_family, finish_layer, hidden_states, plant, project
+
+NUCLEUS = 256  # a top-p nucleus is looked for among this many most likely tokens
+
+
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if device != "cpu":
+        return torch.bfloat16
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
+    """A `LlamaForCausalLM`-like model in evaluation mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    check_family(model.config)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+class NativeModel:
+    """A chat model on torch, CPU or GPU (`ChatModel` Protocol)."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, *, max_prompt_tokens: int, threads: int, batch_replies: int = 64
+    ) -> None:
+        self.model, self.name, self.threads, self.batch_replies = model, name, threads, batch_replies
+        self.format = ChatFormat(tokenizer, max_prompt_tokens)
+
+    @classmethod
+    def load(cls, folder: Path, name: str, *, device: str = "cpu", **settings: int) -> "NativeModel":
+        model, tokenizer = load_model(folder, fast_dtype(device), device)
+        return cls(model, tokenizer, name, **settings)
+
+    def complete(
+        self,
+        conversations: Sequence[Sequence[ChatMessage]],
+        *,
+        n: int = 1,
+        sampling: Sampling = Sampling(),
+        seeds: Sequence[int],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
+        prompts = [self.format.prompt(c) for c in conversations]
+        drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
+        return [[self._completion(ids, logs) for ids, logs in replies] for replies in drawn]
+
+    def sample(
+        self,
+        prompts: Sequence[tuple[Segment, Segment]],
+        *,
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[tuple[list[int], list[float]]]]:
+        """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        torch.set_num_threads(self.threads)
+        results: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        slots = max(1, self.batch_replies // n)
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i], i))  # equal system prompts side by side
+        waiting, finished = order[::-1], 0
+        with torch.inference_mode():
+            decoder = _Decoder(self.model, slots, n, sampling, max((sum(map(len, p)) for p in prompts), default=1))
+            while waiting or decoder.busy:
+                if waiting and (decoder.free >= max(1, slots // 4) or not decoder.busy):
+                    batch = [waiting.pop() for _ in range(min(decoder.free, len(waiting)))]
+                    decoder.admit(batch, [prompts[i] for i in batch], [seeds[i] for i in batch])
+                for index, replies in decoder.step():
+                    results[index] = replies
+                    finished += 1
+                    if on_progress:
+                        on_progress(finished, len(prompts))
+        return results
+
+    def _completion(self, ids: list[int], logs: list[float]) -> Completion:
+        stopped = bool(ids) and ids[-1] == self.format.tokenizer.eos_token_id
+        text = self.format.decode(ids[:-1] if stopped else ids).strip()
+        return Completion(text, tuple(ids), tuple(logs), "stop" if stopped else "length")
+
+
+@dataclasses.dataclass
+class _Slot:
+    index: int
+    uniforms: Tensor
+    ids: list[list[int]]
+    logs: list[list[float]]
+    done: list[bool]
+
+
+class _Decoder:
+    """`slots` prompts decoded in step, `n` replies each, with preallocated key-value caches.
+
+    Prompt cache: (layers, slots, kv heads, longest prompt, head size); reply cache: (layers, slots, n, kv heads,
+    max tokens, head size). B = slots * n rows go through the linear layers at every step.
+    """
+
+    def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int) -> None:
+        config, self.model, self.n, self.sampling = model.config, model, n, sampling
+        self.slots: list[_Slot | None] = [None] * slots
+        self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        kv, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
+        new = {"device": self.device, "dtype": self.dtype}
+        layers = config.num_hidden_layers
+        self.prompt_k = torch.zeros(layers, slots, kv, longest, size, **new)
+        self.prompt_v = torch.zeros_like(self.prompt_k)
+        self.reply_k = torch.zeros(layers, slots, n, kv, sampling.max_tokens, size, **new)
+        self.reply_v = torch.zeros_like(self.reply_k)
+        self.prompt_length = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.step_of = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.logits = torch.zeros(slots, n, config.vocab_size, device=self.device)
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        self.ends = set(eos if isinstance(eos, list) else [eos]) | {config.eos_token_id}
+
+    @property
+    def free(self) -> int:
+        return self.slots.count(None)
+
+    @property
+    def busy(self) -> bool:
+        return any(slot is not None for slot in self.slots)
+
+    def admit(self, indices: Sequence[int], prompts: Sequence[tuple[Segment, Segment]], seeds: Sequence[int]) -> None:
+        """Prefill prompts, as a tree over shared system prompts, into free slots."""
+        places = [i for i, slot in enumerate(self.slots) if slot is None][: len(indices)]
+        keep: list[tuple[Tensor, Tensor]] = []
+        forest = plant(prompts, self.device)
+        states = hidden_states(self.model.model, forest, keep=keep)
+        first = self.model.lm_head(states[torch.stack([rows[-1] for rows in forest.rows])]).float()
+        for number, (place, index, rows, seed) in enumerate(zip(places, indices, forest.rows, seeds, strict=True)):
+            for layer, (k, v) in enumerate(keep):
+                self.prompt_k[layer, place, :, : len(rows)] = k[rows].transpose(0, 1)
+                self.prompt_v[layer, place, :, : len(rows)] = v[rows].transpose(0, 1)
+            self.prompt_length[place], self.step_of[place] = len(rows), 0
+            self.logits[place] = first[number]
+            chance = torch.rand(self.sampling.max_tokens, self.n, generator=torch.Generator().manual_seed(seed))
+            n = self.n
+            self.slots[place] = _Slot(index, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n)
+
+    def step(self) -> list[tuple[int, list[tuple[list[int], list[float]]]]]:
+        """Draw one token for every running reply; returns the prompts whose replies are all finished."""
+        places = [i for i, slot in enumerate(self.slots) if slot is not None]
+        slots = [slot for slot in self.slots if slot is not None]
+        steps = self.step_of[places].tolist()
+        uniforms = torch.stack([s.uniforms[t] for s, t in zip(slots, steps, strict=True)]).flatten().to(self.device)
+        tokens, logs = draw(self.logits[places].flatten(0, 1), uniforms, self.sampling)
+        drawn = zip(tokens.view(-1, self.n).tolist(), logs.view(-1, self.n).tolist(), strict=True)
+        finished: list[tuple[int, list[tuple[list[int], list[float]]]]] = []
+        running: list[int] = []
+        for row, (place, slot, step, (ids, logprobs)) in enumerate(zip(places, slots, steps, drawn, strict=True)):
+            for reply in range(self.n):
+                if not slot.done[reply]:
+                    slot.ids[reply].append(ids[reply])
+                    slot.logs[reply].append(logprobs[reply])
+                    slot.done[reply] = ids[reply] in self.ends or step + 1 == self.sampling.max_tokens
+            if all(slot.done):
+                finished.append((slot.index, list(zip(slot.ids, slot.logs, strict=True))))
+                self.slots[place] = None
+            else:
+                running.append(row)
+        if running:
+            kept = [places[row] for row in running]
+            self._forward(torch.tensor(kept, device=self.device), tokens.view(-1, self.n)[running])
+        return finished
+
+    def _forward(self, places: Tensor, tokens: Tensor) -> None:
+        """Feed the drawn tokens (P, n) of the running slots and keep the next logits."""
+        backbone, p, n = self.model.model, len(places), self.n
+        full = p == len(self.slots)
+        step = self.step_of[places]
+        longest, written = int(self.prompt_length[places].max()), int(step.max()) + 1
+        position = (self.prompt_length[places] + step).repeat_interleave(n)
+        x = backbone.embed_tokens(tokens.flatten())
+        cos, sin = backbone.rotary_emb(x.unsqueeze(0), position_ids=position.unsqueeze(0))
+        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        blocked = torch.full((), float("-inf"), device=self.device, dtype=torch.float32)
+        zero = torch.zeros((), device=self.device)
+        past = torch.arange(longest, device=self.device) >= self.prompt_length[places].unsqueeze(1)
+        own = torch.arange(written, device=self.device) > step.unsqueeze(1)
+        past_bias = torch.where(past, blocked, zero)[:, None, None]
+        own_bias = torch.where(own, blocked, zero)[:, None, None, None]
+        for number, layer in enumerate(backbone.layers):
+            q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
+            kv, size = k.shape[1], k.shape[2]
+            self.reply_k[number, places, :, :, step] = k.view(p, n, kv, size)
+            self.reply_v[number, places, :, :, step] = v.view(p, n, kv, size)
+            caches = (self.prompt_k[number], self.prompt_v[number], self.reply_k[number], self.reply_v[number])
+            pk, pv, rk, rv = caches if full else tuple(c[places] for c in caches)
+            pk, pv, rk, rv = pk[:, :, :longest], pv[:, :, :longest], rk[..., :written, :], rv[..., :written, :]
+            # queries that share a key-value head go together: for the prompt, those of all n replies
+            q = q.view(p, n, kv, -1, size) * size**-0.5
+            group = q.shape[3]
+            to_prompt = q.permute(0, 2, 1, 3, 4).reshape(p, kv, n * group, size)
+            prompt_scores = (to_prompt @ pk.transpose(-1, -2)).float() + past_bias
+            reply_scores = (q @ rk.transpose(-1, -2)).float() + own_bias
+            prompt_scores = prompt_scores.view(p, kv, n, group, longest).transpose(1, 2)
+            weights = torch.softmax(torch.cat((prompt_scores, reply_scores), dim=-1), dim=-1).to(self.dtype)
+            from_prompt = weights[..., :longest].transpose(1, 2).reshape(p, kv, n * group, longest) @ pv
+            mixed = weights[..., longest:] @ rv + from_prompt.view(p, kv, n, group, size).transpose(1, 2)
+            x = finish_layer(layer, x, mixed.reshape(p * n, -1))
+        self.logits[places] = self.model.lm_head(backbone.norm(x)).float().view(p, n, -1)
+        self.step_of[places] += 1
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token for each row of `logits` (B, vocabulary) by inverse transform of `uniforms` (B,).
+
+    Returns tokens and their log-probabilities at the sampling temperature, before top-p truncation.
+    """
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros_like(uniforms)
+    scaled = logits / sampling.temperature
+    weights = torch.softmax(scaled, dim=-1)
+    if sampling.top_p < 1:
+        top, where = weights.topk(min(NUCLEUS, weights.shape[-1]), dim=-1)
+        cumulative = top.cumsum(-1)
+        kept = top * (cumulative - top < sampling.top_p)
+        choice = _inverse(kept, uniforms)
+        tokens = where.gather(1, choice.unsqueeze(1)).squeeze(1)
+    else:
+        tokens = _inverse(weights, uniforms)
+    return tokens, weights.gather(1, tokens.unsqueeze(1)).squeeze(1).log()
+
+
+def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Index i with probability weights[i] / sum; never an index of weight zero."""
+    cumulative = weights.cumsum(-1)
+    target = (uniforms * cumulative[:, -1]).unsqueeze(1)
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    last = (weights > 0).long().cumsum(-1).argmax(-1)
+    return torch.minimum(index, last)

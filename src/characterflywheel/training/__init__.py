@@ -1,0 +1,1 @@
+"""Herding: rejection sampling, then SFT, DPO and online RL (PAPER section 4)."""

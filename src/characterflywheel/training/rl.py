@@ -1,0 +1,231 @@
+"""Online RL: GRPO on near-policy prompts, with importance correction for the sampler (PAPER section 4).
+
+Single-turn: the prompt is a fixed partial conversation from fresh traffic, only the reply is optimised. Rollouts come
+from a bfloat16 copy of the weights that are trained, sampling and training share the prompt's pass, and the sampler's
+own log-probabilities are kept, so that the difference between the two is corrected and reported.
+"""
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import RLConfig
+from ..errors import FlywheelError
+from ..ids import derive_seed
+from ..llm.base import Sampling
+from ..llm.native import NativeModel, fast_dtype, load_model
+from ..llm.shared_prefix import Path as TokenPath
+from ..llm.shared_prefix import reply_logprobs
+from ..pipeline import Work
+from ..progress import Advance
+from ..records import Candidate, ChatMessage, Prompt, Record
+from ..safety.policy import SafetyPolicy
+from . import losses
+from .learner import Learner, micro_batches
+from .sft import write_metrics
+
+
+class Scorer(Protocol):
+    """The pointwise reward model."""
+
+    def score(
+        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
+    ) -> list[list[float]]: ...
+
+
+class RLSummary(Record):
+    """Rewards at the start and the end, and how far the policy moved."""
+
+    steps: int
+    prompts: int
+    rollouts: int
+    trained_tokens: int
+    sampled_tokens: int
+    first_reward: float
+    last_reward: float
+    first_words: float
+    last_words: float
+    entropy: float
+    effective_share: float
+    equal_groups: int
+
+    def line(self) -> str:
+        return (
+            f"{self.steps} steps, {self.rollouts} rollouts, reward {self.first_reward:+.2f} to "
+            f"{self.last_reward:+.2f}, {self.first_words:.0f} to {self.last_words:.0f} words, "
+            f"effective samples {self.effective_share:.0%}"
+        )
+
+
+class Rollout(NamedTuple):
+    """The replies to one prompt, as the sampler drew them, with rewards and advantages (group,)."""
+
+    paths: list[TokenPath]
+    sampler: Tensor
+    rewards: Tensor
+    advantage: Tensor
+    texts: list[str]
+
+
+def choose_prompts(
+    prompts: Sequence[Prompt], scored: Sequence[Candidate], count: int, ordinary_share: float, seed: int
+) -> list[Prompt]:
+    """Prompts to learn from: those whose candidates' scores vary most, and a floor of ordinary ones.
+
+    `scored` are rejection sampling's candidates; a prompt without two scores counts as ordinary.
+    """
+    scores: dict[str, list[float]] = {}
+    for candidate in scored:
+        if candidate.score is not None:
+            scores.setdefault(candidate.prompt_id, []).append(candidate.score)
+    fresh = sorted((p for p in prompts if p.split == "train"), key=lambda p: p.id)
+    varied = [p for p in fresh if len(scores.get(p.id, ())) > 1]
+    varied.sort(key=lambda p: (-statistics.variance(scores[p.id]), p.id))
+    picked = varied[: round(count * (1 - ordinary_share))]
+    rest = [p for p in fresh if p not in picked]
+    picked += random.Random(seed).sample(rest, min(len(rest), count - len(picked)))
+    random.Random(derive_seed(seed, "order")).shuffle(picked)
+    return picked
+
+
+def train_rl(
+    work: Work, config: RLConfig, parent: Path, prompts: Sequence[Prompt], scorer: Scorer, safety: SafetyPolicy, *,
+    threads: int, batch_replies: int, device: str = "cpu", on_progress: Advance = lambda done, total: None,
+) -> RLSummary:  # fmt: skip
+    """Run `config.steps` GRPO steps; writes `model/` and `metrics.jsonl`.
+
+    Prompts are taken in order, from the front again when they run out. An unsafe reply gets its group's lowest
+    reward. Each step samples, scores, and makes one update; with one update a step the clipped ratio is 1 and only
+    the importance weights act, but the loss holds for more.
+
+    Raises:
+        FlywheelError: no prompt, a reward that is not finite, or a diverged gradient.
+    """
+    if not prompts:
+        raise FlywheelError("no prompt to learn from: reinforcement learning needs prompts of the training split.")
+    learner = Learner(
+        parent, learning_rate=config.learning_rate, steps=config.steps, max_prompt_tokens=config.max_prompt_tokens,
+        threads=threads, device=device, train_layers=config.train_layers, partial=work.partial,
+    )  # fmt: skip
+    reference = load_model(parent, fast_dtype(device), device)[0] if config.kl_weight else None
+    policy = load_model(parent, fast_dtype(device), device)[0]
+    sampler = NativeModel(
+        policy, learner.tokenizer, "rl", max_prompt_tokens=config.max_prompt_tokens, threads=threads,
+        batch_replies=batch_replies,
+    )  # fmt: skip
+    for step in learner.remaining_steps():
+        _push_weights(learner.model, policy)
+        start = step * config.prompts_per_step
+        batch = [prompts[(start + i) % len(prompts)] for i in range(config.prompts_per_step)]
+        rollouts = _roll_out(sampler, scorer, safety, batch, config, derive_seed(work.seed, step))
+        metrics = _learn(learner, rollouts, config, reference)
+        learner.update(**metrics)
+        on_progress(step + 1, config.steps)
+    learner.save(work.folder / "model")
+    write_metrics(work.folder, learner)
+    return _summary(learner.log, config)
+
+
+def _roll_out(
+    sampler: NativeModel, scorer: Scorer, safety: SafetyPolicy, batch: Sequence[Prompt], config: RLConfig, seed: int
+) -> list[Rollout]:
+    sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+    segments = [sampler.format.prompt(p.messages) for p in batch]
+    drawn = sampler.sample(
+        segments, n=config.group, sampling=sampling, seeds=[derive_seed(seed, p.id, i) for i, p in enumerate(batch)]
+    )
+    texts = [[sampler.format.decode(ids).strip() for ids, _ in group] for group in drawn]
+    scores = torch.tensor(scorer.score([p.messages for p in batch], texts))
+    if not scores.isfinite().all():
+        raise FlywheelError("the reward model gave a score that is not finite: look at its training before going on.")
+    unsafe = torch.tensor([[not safety.check(text).allowed for text in group] for group in texts])
+    scores = torch.where(unsafe, scores.min(1, keepdim=True).values, scores)
+    return [
+        Rollout(
+            paths=[(*prompt, tuple(ids)) for ids, _ in group],
+            sampler=torch.tensor([value for _, logs in group for value in logs]),
+            rewards=reward, advantage=advantage, texts=said,
+        )
+        for prompt, group, reward, advantage, said in zip(
+            segments, drawn, scores, losses.advantages(scores), texts, strict=True
+        )
+    ]  # fmt: skip
+
+
+def _learn(learner: Learner, rollouts: Sequence[Rollout], config: RLConfig, reference: Any | None) -> dict[str, float]:
+    """Accumulate the gradient of one step over all rollouts; returns what to log.
+
+    Groups of equal rewards have no gradient (unless a KL term is on) and are left out of the pass.
+    """
+    live = [r for r in rollouts if bool(r.advantage.abs().max() > 0) or reference is not None]
+    total = sum(len(path[-1]) for r in live for path in r.paths)
+    sums = {"loss": 0.0, "entropy": 0.0, "weight_mean": 0.0, "effective_share": 0.0, "kl": 0.0}
+    weight_max = 0.0
+    for group in micro_batches([(r, r.paths) for r in live]):
+        paths = [path for _, several in group for path in several]
+        with learner.autocast():
+            now = reply_logprobs(learner.model, paths, temperature=config.temperature, device=learner.device)
+        sampler = torch.cat([r.sampler for r, _ in group]).to(learner.device)
+        advantage = torch.cat([r.advantage for r, _ in group]).to(learner.device)[now.path]
+        out = losses.grpo(
+            now.logprobs, now.logprobs.detach(), sampler, advantage, clip_low=config.clip_low,
+            clip_high=config.clip_high, truncate=config.truncate_ratio, tokens=total,
+        )  # fmt: skip
+        loss, share = out.loss, len(now.path) / total
+        if reference is not None:
+            with torch.no_grad():
+                anchor = reply_logprobs(reference, paths, temperature=config.temperature, device=learner.device)
+            divergence = losses.kl_to_reference(now.logprobs, anchor.logprobs).sum() / total
+            loss = loss + config.kl_weight * divergence
+            sums["kl"] += divergence.item()
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums["loss"] += loss.item()
+        sums["entropy"] += now.entropy.mean().item() * share
+        sums["weight_mean"] += out.weight_mean.item() * share
+        sums["effective_share"] += out.effective_share.item() * share
+        weight_max = max(weight_max, out.weight_max.item())
+    if not live:
+        for parameter in learner.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    rewards = torch.stack([r.rewards for r in rollouts])
+    words = [len(text.split()) for r in rollouts for text in r.texts]
+    return {
+        **sums,
+        "weight_max": weight_max,
+        "reward": rewards.mean().item(),
+        "reward_deviation": rewards.std(1).mean().item(),
+        "words": sum(words) / len(words),
+        "equal_groups": float(len(rollouts) - sum(bool(r.advantage.abs().max() > 0) for r in rollouts)),
+        "tokens": float(sum(len(path[-1]) for r in rollouts for path in r.paths)),
+        "trained_tokens": float(total),
+    }
+
+
+@torch.no_grad()
+def _push_weights(trained: Any, policy: Any) -> None:
+    """Copy the trained weights into the sampler's, rounding to its precision."""
+    for source, target in zip(trained.parameters(), policy.parameters(), strict=True):
+        target.copy_(source)
+
+
+def _summary(log: Sequence[Mapping[str, float]], config: RLConfig) -> RLSummary:
+    first, last = log[0], log[-1]
+    return RLSummary(
+        steps=len(log),
+        prompts=config.prompts_per_step * len(log),
+        rollouts=config.prompts_per_step * config.group * len(log),
+        trained_tokens=int(sum(row["trained_tokens"] for row in log)),
+        sampled_tokens=int(sum(row["tokens"] for row in log)),
+        first_reward=first["reward"],
+        last_reward=last["reward"],
+        first_words=first["words"],
+        last_words=last["words"],
+        entropy=last["entropy"],
+        effective_share=sum(row["effective_share"] for row in log) / len(log),
+        equal_groups=int(sum(row["equal_groups"] for row in log)),
+    )

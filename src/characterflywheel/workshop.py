@@ -1,0 +1,371 @@
+"""The work of each stage of a generation: reads its declared inputs, calls the stage's own package (see `generation`).
+
+Models, encoder and reward models are loaded when first needed and kept until a training stage needs the memory.
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from . import ledger, tables
+from .annotation.candidates import RewritePolicy
+from .annotation.stage import AnnotateSummary, annotate
+from .characters import load_characters
+from .config import FlywheelConfig
+from .curation.stage import CurateSummary, curate
+from .errors import FlywheelError
+from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
+from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank
+from .llm.base import ChatModel, Sampling
+from .llm.encoder import Encoder
+from .llm.models import base_model_folder, encoder_folder
+from .llm.native import NativeModel
+from .people import Bank, People
+from .pipeline import Artifact, Runner, Work
+from .progress import announce, progress
+from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Signal, User
+from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
+from .reward.composite import RewardModels
+from .reward.stage import RewardSummary, train_rewards
+from .safety import SafetyPolicy
+from .serving.chat import ChatService
+from .store import EventStore, Position
+from .store.export import conversations_from_export
+from .style.stage import StyleSummary, watch_style
+from .training.dpo import DPOSummary, train_dpo
+from .training.rejection_sampling import RejectionSummary, reject
+from .training.rl import RLSummary, choose_prompts, train_rl
+from .training.sft import TrainingSummary, train_sft
+from .workspace import Workspace
+
+WORLD_BEGINS = datetime(2026, 1, 5, tzinfo=UTC)
+WEEK = timedelta(days=7)
+
+R = TypeVar("R", bound=Record)
+
+
+class Parent(Record):
+    """The model in service before this generation. `folder` is None for the base model, which config names."""
+
+    generation: int
+    name: str
+    identity: str
+    folder: str | None = None
+
+
+class WindowSummary(Record):
+    """The stretch of the event store that is this generation's traffic: rows after `after` up to `until`."""
+
+    after: Position
+    until: Position
+    starts: datetime
+
+    def line(self) -> str:
+        return (
+            f"{self.until.messages - self.after.messages} messages, {self.until.signals - self.after.signals} signals"
+        )
+
+
+class TrafficSummary(Record):
+    """What the window held, of users who consent to training."""
+
+    conversations: int
+    users: int
+    messages: int
+    signals: dict[str, int]
+
+    def line(self) -> str:
+        signals = ", ".join(f"{kind} {n}" for kind, n in self.signals.items())
+        return f"{self.conversations} conversations of {self.users} users, {self.messages} messages; {signals}"
+
+
+class LiveSummary(Record):
+    """Where the event store stood when the experiment's days were over."""
+
+    until: Position
+
+    def line(self) -> str:
+        return f"{self.until.messages} messages, {self.until.exposures} exposures in the store"
+
+
+def parent_of(workspace: Workspace, config: FlywheelConfig, number: int) -> Parent:
+    """The model that serves when generation `number` begins, from the ledger.
+
+    Raises:
+        FlywheelError: the generation before has not been completed.
+    """
+    base = Parent(generation=0, name="base", identity=config.models.base)
+    if number == 1:
+        return base
+    rows = {row.generation: row for row in ledger.read(workspace.ledger)}
+    if number - 1 not in rows:
+        raise FlywheelError(f"generation {number} needs generation {number - 1} complete: run it first.")
+    for row in (rows[n] for n in range(number - 1, 0, -1)):
+        if row.verdict == "promote":
+            folder = f"artifacts/{row.stages['rl']}/model"
+            return Parent(generation=row.generation, name=row.model, identity=row.stages["rl"], folder=folder)
+    return base
+
+
+class Workshop:
+    """What the stages of one generation share: configuration, store, people, and the models loaded so far."""
+
+    def __init__(
+        self, workspace: Workspace, config: FlywheelConfig, store: EventStore | None, people: People | None, number: int
+    ) -> None:
+        self.workspace, self.config, self.number = workspace, config, number
+        self._store, self._people = store, people
+        self.runner = Runner(workspace.artifacts, announce)
+        self.parent = parent_of(workspace, config, number)
+        self.model_name = f"gen{number}"
+        self.threads, self.device = config.models.threads, config.models.device
+        self.safety = SafetyPolicy()
+        self._models: dict[Path, ChatModel] = {}
+
+    @property
+    def store(self) -> EventStore:
+        assert self._store is not None, "planning opens no store"
+        return self._store
+
+    @property
+    def people(self) -> People:
+        assert self._people is not None, "planning meets no people"
+        return self._people
+
+    @cached_property
+    def characters(self) -> dict[str, Character]:
+        return load_characters(self.workspace.characters)
+
+    @cached_property
+    def characters_identity(self) -> str:
+        """A hash over every character, since each one's text is in the prompts."""
+        text = json.dumps([c.model_dump(mode="json") for c in self.characters.values()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def previous(self) -> str:
+        """The stage after which this generation's window begins: the experiment before, or nothing."""
+        if self.number == 1:
+            return "start"
+        row = next(r for r in ledger.read(self.workspace.ledger) if r.generation == self.number - 1)
+        # The crowd's seven days were spent on a bank of contexts, which is no fresh traffic; a live product's were.
+        return row.stages["live" if self.config.world and "live" in row.stages else "window"]
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(encoder_folder(self.config.models.encoder), self.threads)
+
+    @cached_property
+    def parent_folder(self) -> Path:
+        if self.parent.folder is None:
+            return base_model_folder(self.config.models.base)
+        return self.workspace.root / self.parent.folder
+
+    def model(self, folder: Path, name: str) -> ChatModel:
+        """The chat model in a folder, by the configured backend; kept loaded."""
+        if folder not in self._models:
+            models = self.config.models
+            self._models[folder] = NativeModel.load(
+                folder, name, device=self.device, max_prompt_tokens=models.max_prompt_tokens, threads=self.threads,
+                batch_replies=models.batch_replies,
+            )  # fmt: skip
+        return self._models[folder]
+
+    @property
+    def parent_model(self) -> ChatModel:
+        return self.model(self.parent_folder, self.parent.name)
+
+    def pool(self) -> dict[str, ChatModel]:
+        """The policies that propose replies: the model in service, and the same told how to write."""
+        return {"parent": self.parent_model, "coached": RewritePolicy(self.parent_model)}
+
+    def rewards(self, artifact: Artifact[RewardSummary]) -> RewardModels:
+        return RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
+
+    # Data consolidation
+
+    def open_window(self, work: Work) -> WindowSummary:
+        """Let people talk to the model in service, then close the window at what the store holds."""
+        starts = WORLD_BEGINS + (self.number - 1) * 2 * WEEK if self.config.world else datetime.now(UTC)
+        after = Position(messages=0, signals=0, exposures=0)
+        if self.previous != "start":
+            record = json.loads((self.workspace.artifacts / self.previous / "artifact.json").read_text("utf-8"))
+            after = Position.model_validate(record["summary"]["until"])
+        sampling = Sampling(temperature=self.config.serving.temperature, max_tokens=self.config.serving.max_tokens)
+        service = ChatService(
+            self.store, {self.parent.name: self.parent_model}, self.parent.name, self.safety, sampling, work.seed
+        )
+        approved = [c for c in self.characters.values() if c.safety == "approved"]
+        self.people.talk(service, approved, self.number, starts)
+        return WindowSummary(after=after, until=self.store.position(), starts=starts)
+
+    def export_traffic(self, work: Work) -> TrafficSummary:
+        window: WindowSummary = work.inputs["window"].summary
+        self.store.export(work.folder, window.after, window.until)
+        signals = sorted(s.kind for s in tables.read(work.folder / "signals.parquet", Signal))
+        conversations = conversations_from_export(work.folder)
+        if not conversations:
+            raise FlywheelError(
+                f"the window holds no traffic of consenting users: serve or import some into {self.workspace.root}."
+            )
+        return TrafficSummary(
+            conversations=len(conversations), users=len(tables.read(work.folder / "users.parquet", User)),
+            messages=len(tables.read(work.folder / "messages.parquet", Message)),
+            signals={kind: signals.count(kind) for kind in dict.fromkeys(signals)},
+        )  # fmt: skip
+
+    def curate(self, work: Work) -> CurateSummary:
+        return curate(work, self.config.curate, work.inputs["traffic"].folder, self.encoder, self.characters)
+
+    def annotate(self, work: Work) -> AnnotateSummary:
+        """Alternatives from the pool, judged and ranked by annotators, become preference pairs and rewrites."""
+        world, config = self.config.world, self.config.annotate
+        reviewers = [f"annotator-{i + 1}" for i in range(world.annotators if world else config.reviewers)]
+        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+        with progress("annotate") as advance:
+            return annotate(work, config, prompts, self.pool(), self.characters, self.people, reviewers, advance)
+
+    # Pre-herding
+
+    def train_rewards(self, work: Work) -> RewardSummary:
+        self._models.clear()
+        traffic = work.inputs["traffic"].folder
+        with progress("reward") as advance:
+            return train_rewards(
+                work, self.config.reward, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
+                conversations_from_export(traffic), tables.read(traffic / "signals.parquet", Signal),
+                self.parent_folder, self.encoder, threads=self.threads, device=self.device, on_progress=advance,
+            )  # fmt: skip
+
+    def reject(self, work: Work) -> RejectionSummary:
+        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+        judge = self.rewards(work.inputs["judge"])
+        with progress("rejection_sampling") as advance:
+            return reject(work, self.config.rejection_sampling, prompts, self.pool(), judge, self.safety, advance)
+
+    # Herding
+
+    def train_sft(self, work: Work) -> TrainingSummary:
+        """On what rejection sampling accepted and what annotators rewrote."""
+        self._models.clear()
+        examples = tables.read(work.inputs["selected"] / "examples.parquet", Example)
+        examples += tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
+        with progress("sft") as advance:
+            return train_sft(
+                work, self.config.sft, self.parent_folder, examples, threads=self.threads, device=self.device,
+                on_progress=advance,
+            )  # fmt: skip
+
+    def train_dpo(self, work: Work) -> DPOSummary:
+        pairs = tables.read(work.inputs["pairs"] / "pairs.parquet", Preference)
+        with progress("dpo") as advance:
+            return train_dpo(
+                work, self.config.dpo, work.inputs["model"] / "model", pairs, threads=self.threads,
+                device=self.device, on_progress=advance,
+            )  # fmt: skip
+
+    def train_rl(self, work: Work) -> RLSummary:
+        """On prompts whose candidates' scores vary most, with the pointwise model as the reward."""
+        config, scored = self.config.rl, work.inputs["scored"]
+        candidates = [c for f in ("accepted", "rejected") for c in tables.read(scored / f"{f}.parquet", Candidate)]
+        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+        wanted = config.steps * config.prompts_per_step
+        chosen = choose_prompts(prompts, candidates, wanted, config.ordinary_share, work.seed)
+        with progress("rl") as advance:
+            return train_rl(
+                work, config, work.inputs["model"] / "model", chosen, self.rewards(work.inputs["judge"]).pointwise,
+                self.safety, threads=self.threads, batch_replies=self.config.models.batch_replies, device=self.device,
+                on_progress=advance,
+            )  # fmt: skip
+
+    # Evaluation
+
+    def evaluate_offline(self, work: Work) -> OfflineSummary:
+        prompts = self._split(work, "evaluate")
+        new = self.model(work.inputs["model"] / "model", self.model_name)
+        with progress("offline") as advance:
+            return evaluate_offline(
+                work, self.config.offline, prompts, self.parent_model, new, self.rewards(work.inputs["judge"]),
+                self.characters, advance, self.safety,
+            )  # fmt: skip
+
+    def watch_style(self, work: Work) -> StyleSummary:
+        """Chosen against rejected, accepted against rejected, and each checkpoint against the one before."""
+        prompts = {p.id: p for p in tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)}
+        replies = tables.read(work.inputs["replies"] / "replies.parquet", Reply)
+        told = {policy: [(r.prompt_id, r.text) for r in replies if r.policy == policy] for policy in ("old", "new")}
+        asked = [prompts[i] for i, _ in told["old"][: self.config.style.prompts]]
+        checkpoints = {self.parent.name: told["old"]}
+        for name in ("sft", "dpo"):
+            folder = work.inputs[name] / "model"
+            checkpoints[name] = self._answer(folder, name, asked, work.seed)
+            self._models.pop(folder)
+        checkpoints[self.model_name] = told["new"]
+        selected = work.inputs["selected"]
+        return watch_style(
+            work, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
+            tables.read(selected / "accepted.parquet", Candidate),
+            tables.read(selected / "rejected.parquet", Candidate), prompts, checkpoints, self.config.style.phrases,
+        )  # fmt: skip
+
+    def decide(self, work: Work) -> GateDecision:
+        offline: OfflineSummary = work.inputs["offline"].summary
+        reward: RewardSummary = work.inputs["reward"].summary
+        style: StyleSummary = work.inputs["style"].summary
+        steered = offline.steerability
+        evidence = GateEvidence(
+            win_rates={
+                source: {"pointwise": rate.pointwise, "pairwise": rate.pairwise}
+                for source, rate in (("user", offline.win_rate.user), ("internal", offline.win_rate.internal))
+            },
+            production={name: Change(old=m.before, new=m) for name, m in offline.production.items()},
+            instruction_following=Change(old=steered.instruction_following.before, new=steered.instruction_following),
+            instruction_violation=Change(old=steered.instruction_violation.before, new=steered.instruction_violation),
+            style={
+                shift.feature: StyleChange(old=shift.before, new=shift.after)
+                for shift in style.drift
+                if shift.before is not None and shift.after is not None
+            },
+            reward_accuracy={"pointwise": reward.pointwise_accuracy, "pairwise": reward.pairwise_accuracy},
+        )
+        return decide(self.config.gate, evidence)
+
+    def release(self, work: Work) -> BankSummary:
+        """Put the new model into an arm beside the model in service."""
+        window: WindowSummary = work.inputs["window"].summary
+        new = self.model(work.inputs["model"] / "model", self.model_name)
+        with progress("release") as advance:
+            return make_bank(
+                work, self.config.experiment, f"{self.model_name}-against-{self.parent.name}",
+                self._split(work, "experiment"), self.parent_model, new, self.characters, window.starts + WEEK, advance,
+            )  # fmt: skip
+
+    def bank(self, artifact: Artifact[BankSummary]) -> Bank:
+        return load_bank(artifact.folder, self.characters)
+
+    def live(self, work: Work) -> LiveSummary:
+        self.people.live(self.bank(work.inputs["bank"]))
+        return LiveSummary(until=self.store.position())
+
+    def analyse(self, work: Work) -> ExperimentSummary:
+        live: LiveSummary = work.inputs["live"].summary
+        bank: BankSummary = work.inputs["bank"].summary
+        export = work.partial / "export"
+        nothing = Position(messages=0, signals=0, exposures=0)
+        self.store.export(export, nothing, live.until, consenting_only=False)
+        return analyse(work, self.config.experiment, bank.experiment, export)
+
+    def _split(self, work: Work, split: str) -> list[Prompt]:
+        return [p for p in tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt) if p.split == split]
+
+    def _answer(self, folder: Path, name: str, prompts: list[Prompt], seed: int) -> list[tuple[str, str]]:
+        """One reply to each prompt, sampled as offline evaluation samples."""
+        config = self.config.offline
+        sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+        replies = self.model(folder, name).complete(
+            [p.messages for p in prompts], sampling=sampling, seeds=[seed + i for i in range(len(prompts))]
+        )
+        return [(p.id, several[0].text) for p, several in zip(prompts, replies, strict=True)]
