@@ -4,6 +4,7 @@ DESIGN section 7: users are drawn from distributions fitted to real conversation
 file is read; the package itself is not imported.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -114,6 +115,7 @@ class RealPeople:
     observed: dict[str, tuple[float, ...]]
 
 
+@functools.cache
 def real_people(cache: Path) -> RealPeople:
     """Read and fit the real conversations; seconds at first, then from a file in `cache` (made if missing).
 
