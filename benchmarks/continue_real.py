@@ -6,7 +6,7 @@ chitchat-dataset holds conversations between two people. The one who replies pla
 Participants are dealt to a training and a test half; a conversation counts only if both of its people are in the
 same half, so nobody is in both. A row sees the reply and what was said before it, nothing later. The product's own
 signal model is compared with the reply's length alone and with TF-IDF and logistic regression on the same texts. All
-positive-and-last replies are kept and the others sampled with one probability, which leaves every AUC unbiased.
+replies that were the last are kept and the others sampled with one probability, which leaves every AUC unbiased.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     sizes = []
     for seed in range(args.seeds):
         train, test = halves(found, seed)
-        groups = [found[i].conversation for i in train]
+        groups = [found[i].people[0] for i in train]
         sizes.append((len(train), len(test)))
         scores = {}
         penalty = choose_penalty(x[train], y[train, None], groups, seed)
@@ -116,11 +116,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         scores["TF-IDF + LR"] = tf_idf(found, train, test, y)
         scores["length only"] = length[test] * (1 if area_under_curve(y[train], length[train]) > 0.5 else -1)
         scores["turn position only"] = x[test, turn] * (1 if area_under_curve(y[train], x[train, turn]) > 0.5 else -1)
-        tested = [found[i].conversation for i in test]
+        tested = [found[i].people[0] for i in test]
         for name in names:
             results[name].append(auc_by_group(y[test], scores[name], tested, seed=seed, draws=500))
     print(f"{args.seeds} splits by participant; test replies {', '.join(str(n) for _, n in sizes)}\n")
-    print(f"{'model':32} {'mean AUC':>9}   each split, 95% interval by conversation")
+    print(f"{'model':32} {'mean AUC':>9}   each split, 95% interval by participant")
     for name, all_of in results.items():
         each = "  ".join(f"{e.value:.3f} ({e.low:.3f}-{e.high:.3f})" for e in all_of)
         print(f"{name:32} {mean(all_of):9.3f}   {each}")
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--seeds", type=int, default=5, help="how many splits by participant")
     parser.add_argument("--scope", choices=("replies", "messages"), default="replies")
-    parser.add_argument("--keep", type=float, default=0.06, help="share kept of the replies that were answered")
+    parser.add_argument("--keep", type=float, default=0.02, help="share kept of the replies that were answered")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     figures = measure(args)
