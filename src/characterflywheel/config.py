@@ -86,9 +86,9 @@ class AnnotateConfig(Section):
 class RewardConfig(Section):
     """Preference and signal models (PAPER section 3)."""
 
-    layers: int = Field(10, ge=1, description="layers of the policy that the reward backbone keeps")
+    layers: int = Field(6, ge=1, description="layers of the policy that the reward backbone keeps")
     epochs: int = Field(2, ge=1)
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
     pairs_per_step: int = Field(8, ge=1)
     max_prompt_tokens: int = Field(224, ge=32, description="longer histories lose their oldest turns")
     max_reply_tokens: int = Field(80, ge=2, description="longer replies are read only so far")

@@ -11,7 +11,7 @@ from characterflywheel.reward.composite import RewardModels
 from characterflywheel.reward.signals import Reply, SignalModels
 from characterflywheel.reward.stage import RewardSummary, train_rewards
 
-CONFIG = RewardConfig(layers=2, epochs=6, learning_rate=3e-3, max_prompt_tokens=64, max_reply_tokens=24)
+CONFIG = RewardConfig(layers=2, epochs=4, learning_rate=3e-3, max_prompt_tokens=64, max_reply_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_composite_is_preference_plus_usable_signals(policy: Path, tmp_path: Pat
     prompts, texts = [asks("Hi")], [["I like tea.", "I like tea. Do you?"]]
     assert models.composite(prompts, texts) == models.pointwise.score(prompts, texts)
     history = asks("Hi")[1:]
-    rows = [Reply(f"u{i % 12}", history, "tea" if i % 2 else "rain", (float(i % 2),)) for i in range(96)]
+    rows = [Reply(f"u{i % 12}", history, "tea" if i % 2 else "rain", (float(i % 2),)) for i in range(60)]
     models.signals = SignalModels.train(rows, ("continue",), Letters(), min_auc=0.55, seed=1)
     models.scales = {"continue": (0.5, 2.0)}
     (logits,) = models.signals.logits(prompts, texts)["continue"]

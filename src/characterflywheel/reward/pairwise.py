@@ -1,16 +1,14 @@
 """The pairwise preference model: both replies read together, says which is better (PAPER section 3).
 
-One sequence holds the context, the first reply and the second; the head reads the end of both. Pairs are learnt in
-both orders, by turns, and answered in both: (p(A, B) + 1 - p(B, A)) / 2, so that swapping the replies swaps the answer.
+One sequence holds the context, the first reply and the second; the head reads the end of both. Each pair is learnt in
+both orders, and answered in both: (p(A, B) + 1 - p(B, A)) / 2, so that swapping the replies swaps the answer.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..ids import derive_seed
 from ..llm.chat_format import ChatFormat
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
@@ -73,19 +71,14 @@ class Pairwise:
         learning_rate: float,
         on_step: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """Train on batches of pairs, each read in one order and, when it comes again, in the other."""
-        times = Counter[str]()
+        """Train on batches of pairs, each in both orders."""
 
         def loss_of(pairs: Sequence[Preference]) -> Tensor:
-            paths, labels = [], []
-            for pair in pairs:
-                swap = (derive_seed("order", pair.id) + times[pair.id]) % 2 == 1
-                times[pair.id] += 1
-                sides = (pair.rejected, pair.chosen) if swap else (pair.chosen, pair.rejected)
-                paths.append(self.path(pair.prompt, sides[0][-1].content, sides[1][-1].content))
-                labels.append(1 - pair.label if swap else pair.label)
+            sides = [(p.prompt, p.chosen[-1].content, p.rejected[-1].content) for p in pairs]
+            paths = [path for p, a, b in sides for path in (self.path(p, a, b), self.path(p, b, a))]
+            labels = torch.tensor([label for p in pairs for label in (p.label, 1 - p.label)])
             logits = self.raw(paths)
-            return bradley_terry(logits, torch.tensor(labels, device=logits.device))
+            return bradley_terry(logits, labels.to(logits.device))
 
         torch.set_num_threads(self.threads)
         backbone.train(self.net, steps, loss_of, learning_rate=learning_rate, on_step=on_step)

@@ -24,7 +24,7 @@ from ..records import ChatMessage, Conversation, Estimate, Record, Signal
 from .evaluate import auc_by_group
 
 Floats = NDArray[np.float64]
-PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0)
+PENALTIES = (1000.0, 250.0, 60.0, 15.0)
 FEWEST_OF_A_CLASS = 10
 MEASURES = (
     "log_words", "log_words_answered", "asks", "ends_asking", "answered_asks", "exclaims", "emojis", "log_turn",
@@ -163,7 +163,7 @@ def folds(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
     return fold[member]
 
 
-def choose_penalty(x: Floats, y: Floats, groups: Sequence[str], seed: int, count: int = 4) -> float:
+def choose_penalty(x: Floats, y: Floats, groups: Sequence[str], seed: int, count: int = 3) -> float:
     """The penalty with the least log loss on held-out groups."""
     if len(set(groups)) < count:
         return PENALTIES[0]
