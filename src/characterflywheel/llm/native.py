@@ -88,8 +88,8 @@ class NativeModel:
         waiting, finished = order[::-1], 0
         with torch.inference_mode():
             decoder = _Decoder(self.model, slots, n, sampling, max((sum(map(len, p)) for p in prompts), default=1))
-            while waiting or decoder.busy:
-                if waiting and (decoder.free >= max(1, slots // 4) or not decoder.busy):
+            while waiting or decoder.running:
+                if waiting and (decoder.free >= max(1, slots // 4) or not decoder.running):
                     batch = [waiting.pop() for _ in range(min(decoder.free, len(waiting)))]
                     decoder.admit(batch, [prompts[i] for i in batch], [seeds[i] for i in batch])
                 for index, replies in decoder.step():
@@ -118,12 +118,13 @@ class _Decoder:
     """`slots` prompts decoded in step, `n` replies each, with preallocated key-value caches.
 
     Prompt cache: (layers, slots, kv heads, longest prompt, head size); reply cache: (layers, slots, n, kv heads,
-    max tokens, head size). B = slots * n rows go through the linear layers at every step.
+    max tokens, head size). The running prompts are always the first slots, so the caches are used as views; P * n
+    rows go through the linear layers at every step.
     """
 
     def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int) -> None:
         config, self.model, self.n, self.sampling = model.config, model, n, sampling
-        self.slots: list[_Slot | None] = [None] * slots
+        self.size, self.running = slots, list[_Slot]()
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         kv, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
         new = {"device": self.device, "dtype": self.dtype}
@@ -140,20 +141,16 @@ class _Decoder:
 
     @property
     def free(self) -> int:
-        return self.slots.count(None)
-
-    @property
-    def busy(self) -> bool:
-        return any(slot is not None for slot in self.slots)
+        return self.size - len(self.running)
 
     def admit(self, indices: Sequence[int], prompts: Sequence[tuple[Segment, Segment]], seeds: Sequence[int]) -> None:
         """Prefill prompts, as a tree over shared system prompts, into free slots."""
-        places = [i for i, slot in enumerate(self.slots) if slot is None][: len(indices)]
         keep: list[tuple[Tensor, Tensor]] = []
         forest = plant(prompts, self.device)
         states = hidden_states(self.model.model, forest, keep=keep)
         first = self.model.lm_head(states[torch.stack([rows[-1] for rows in forest.rows])]).float()
-        for number, (place, index, rows, seed) in enumerate(zip(places, indices, forest.rows, seeds, strict=True)):
+        for number, (index, rows, seed) in enumerate(zip(indices, forest.rows, seeds, strict=True)):
+            place = len(self.running)
             for layer, (k, v) in enumerate(keep):
                 self.prompt_k[layer, place, :, : len(rows)] = k[rows].transpose(0, 1)
                 self.prompt_v[layer, place, :, : len(rows)] = v[rows].transpose(0, 1)
@@ -161,61 +158,63 @@ class _Decoder:
             self.logits[place] = first[number]
             chance = torch.rand(self.sampling.max_tokens, self.n, generator=torch.Generator().manual_seed(seed))
             n = self.n
-            self.slots[place] = _Slot(index, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n)
+            self.running.append(_Slot(index, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n))
 
     def step(self) -> list[tuple[int, list[tuple[list[int], list[float]]]]]:
         """Draw one token for every running reply; returns the prompts whose replies are all finished."""
-        places = [i for i, slot in enumerate(self.slots) if slot is not None]
-        slots = [slot for slot in self.slots if slot is not None]
-        steps = self.step_of[places].tolist()
-        uniforms = torch.stack([s.uniforms[t] for s, t in zip(slots, steps, strict=True)]).flatten().to(self.device)
-        tokens, logs = draw(self.logits[places].flatten(0, 1), uniforms, self.sampling)
-        drawn = zip(tokens.view(-1, self.n).tolist(), logs.view(-1, self.n).tolist(), strict=True)
-        finished: list[tuple[int, list[tuple[list[int], list[float]]]]] = []
-        running: list[int] = []
-        for row, (place, slot, step, (ids, logprobs)) in enumerate(zip(places, slots, steps, drawn, strict=True)):
+        p = len(self.running)
+        steps = self.step_of[:p].tolist()
+        chances = torch.stack([s.uniforms[t] for s, t in zip(self.running, steps, strict=True)])
+        tokens, logs = draw(self.logits[:p].flatten(0, 1), chances.flatten().to(self.device), self.sampling)
+        tokens = tokens.view(p, self.n)
+        drawn = zip(self.running, steps, tokens.tolist(), logs.view(p, self.n).tolist(), strict=True)
+        for slot, step, ids, logprobs in drawn:
             for reply in range(self.n):
                 if not slot.done[reply]:
                     slot.ids[reply].append(ids[reply])
                     slot.logs[reply].append(logprobs[reply])
                     slot.done[reply] = ids[reply] in self.ends or step + 1 == self.sampling.max_tokens
-            if all(slot.done):
-                finished.append((slot.index, list(zip(slot.ids, slot.logs, strict=True))))
-                self.slots[place] = None
-            else:
-                running.append(row)
-        if running:
-            kept = [places[row] for row in running]
-            self._forward(torch.tensor(kept, device=self.device), tokens.view(-1, self.n)[running])
-        return finished
+        finished = [place for place, slot in enumerate(self.running) if all(slot.done)]
+        results = [(s.index, list(zip(s.ids, s.logs, strict=True))) for s in (self.running[i] for i in finished)]
+        for place in reversed(finished):
+            self._vacate(place, tokens)
+        if self.running:
+            self._forward(tokens[: len(self.running)])
+        return results
 
-    def _forward(self, places: Tensor, tokens: Tensor) -> None:
-        """Feed the drawn tokens (P, n) of the running slots and keep the next logits."""
-        backbone, p, n = self.model.model, len(places), self.n
-        full = p == len(self.slots)
-        step = self.step_of[places]
-        longest, written = int(self.prompt_length[places].max()), int(step.max()) + 1
-        position = (self.prompt_length[places] + step).repeat_interleave(n)
+    def _vacate(self, place: int, tokens: Tensor) -> None:
+        """Give a slot up: the last running prompt moves there."""
+        last = len(self.running) - 1
+        if place != last:
+            for cache in (self.prompt_k, self.prompt_v, self.reply_k, self.reply_v):
+                cache[:, place] = cache[:, last]
+            for row in (self.prompt_length, self.step_of, tokens):
+                row[place] = row[last].clone()
+            self.running[place] = self.running[last]
+        self.running.pop()
+
+    def _forward(self, tokens: Tensor) -> None:
+        """Feed the drawn tokens (P, n) of the running prompts and keep the next logits."""
+        backbone, (p, n) = self.model.model, tokens.shape
+        length, step = self.prompt_length[:p], self.step_of[:p]
+        longest, written = int(length.max()), int(step.max()) + 1
         x = backbone.embed_tokens(tokens.flatten())
+        position = (length + step).repeat_interleave(n)
         cos, sin = backbone.rotary_emb(x.unsqueeze(0), position_ids=position.unsqueeze(0))
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        blocked = torch.full((), float("-inf"), device=self.device, dtype=torch.float32)
-        zero = torch.zeros((), device=self.device)
-        past = torch.arange(longest, device=self.device) >= self.prompt_length[places].unsqueeze(1)
-        own = torch.arange(written, device=self.device) > step.unsqueeze(1)
-        past_bias = torch.where(past, blocked, zero)[:, None, None]
-        own_bias = torch.where(own, blocked, zero)[:, None, None, None]
+        past_bias = _bias(torch.arange(longest, device=self.device) >= length.unsqueeze(1))[:, None, None]
+        own_bias = _bias(torch.arange(written, device=self.device) > step.unsqueeze(1))[:, None, None, None]
+        place = torch.arange(p, device=self.device)
         for number, layer in enumerate(backbone.layers):
             q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
             kv, size = k.shape[1], k.shape[2]
-            self.reply_k[number, places, :, :, step] = k.view(p, n, kv, size)
-            self.reply_v[number, places, :, :, step] = v.view(p, n, kv, size)
-            caches = (self.prompt_k[number], self.prompt_v[number], self.reply_k[number], self.reply_v[number])
-            pk, pv, rk, rv = caches if full else tuple(c[places] for c in caches)
-            pk, pv, rk, rv = pk[:, :, :longest], pv[:, :, :longest], rk[..., :written, :], rv[..., :written, :]
-            # queries that share a key-value head go together: for the prompt, those of all n replies
+            self.reply_k[number, place, :, :, step] = k.view(p, n, kv, size)
+            self.reply_v[number, place, :, :, step] = v.view(p, n, kv, size)
+            pk, pv = self.prompt_k[number, :p, :, :longest], self.prompt_v[number, :p, :, :longest]
+            rk, rv = self.reply_k[number, :p, :, :, :written], self.reply_v[number, :p, :, :, :written]
             q = q.view(p, n, kv, -1, size) * size**-0.5
             group = q.shape[3]
+            # queries that share a key-value head go together: for the prompt, those of all n replies
             to_prompt = q.permute(0, 2, 1, 3, 4).reshape(p, kv, n * group, size)
             prompt_scores = (to_prompt @ pk.transpose(-1, -2)).float() + past_bias
             reply_scores = (q @ rk.transpose(-1, -2)).float() + own_bias
@@ -224,8 +223,13 @@ class _Decoder:
             from_prompt = weights[..., :longest].transpose(1, 2).reshape(p, kv, n * group, longest) @ pv
             mixed = weights[..., longest:] @ rv + from_prompt.view(p, kv, n, group, size).transpose(1, 2)
             x = finish_layer(layer, x, mixed.reshape(p * n, -1))
-        self.logits[places] = self.model.lm_head(backbone.norm(x)).float().view(p, n, -1)
-        self.step_of[places] += 1
+        self.logits[:p] = self.model.lm_head(backbone.norm(x)).float().view(p, n, -1)
+        self.step_of[:p] += 1
+
+
+def _bias(blocked: Tensor) -> Tensor:
+    """0 where a query may look, minus infinity where `blocked`."""
+    return torch.zeros(blocked.shape, device=blocked.device).masked_fill(blocked, float("-inf"))
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
