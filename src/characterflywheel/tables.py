@@ -54,11 +54,9 @@ def write(path: Path, record: type[R], rows: Iterable[R]) -> int:
 
 def read(path: Path, record: type[R]) -> list[R]:
     """Read a table back into validated records."""
-    dictionaries = [n for n, f in record.model_fields.items() if get_origin(f.annotation) is dict]
     rows = pq.read_table(path).to_pylist()
-    for row in rows:
-        for name in dictionaries:
-            row[name] = json.loads(row[name])
+    if _holds_dictionary(record):
+        rows = [_revived(record, row) for row in rows]
     return [record.model_validate(row) for row in rows]
 
 
@@ -88,3 +86,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     return value
+
+
+def _holds_dictionary(annotation: Any) -> bool:
+    """Whether a dictionary lies in values of this type, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return any(_holds_dictionary(field.annotation) for field in annotation.model_fields.values())
+    return get_origin(annotation) is dict or any(map(_holds_dictionary, get_args(annotation)))
+
+
+def _revived(annotation: Any, value: Any) -> Any:
+    """The inverse of `_plain`: dictionaries parsed from their JSON text, at any depth."""
+    if value is None or not _holds_dictionary(annotation):
+        return value
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {name: _revived(field.annotation, value[name]) for name, field in annotation.model_fields.items()}
+    if get_origin(annotation) is dict:
+        return json.loads(value)
+    (inner,) = (a for a in get_args(annotation) if a not in (type(None), ...))
+    return [_revived(inner, item) for item in value] if get_origin(annotation) is tuple else _revived(inner, value)
