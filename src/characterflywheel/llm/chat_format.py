@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import FlywheelError
 from ..records import ChatMessage
+from .base import Completion
 from .shared_prefix import Segment
 
 
@@ -27,18 +28,19 @@ class ChatFormat:
         system = messages[:1] if messages and messages[0].role == "system" else ()
         turns = messages[len(system) :]
         head = self._head(system) if system else ()
-        room = self.max_prompt_tokens - len(head)
-        if room < 16:
+        if self.max_prompt_tokens - len(head) < 16:
             raise FlywheelError(
                 f"the system prompt has {len(head)} tokens, the limit for prompts is {self.max_prompt_tokens}: "
                 "shorten the character or raise max_prompt_tokens."
             )
         while True:
-            rest = self._render((*system, *turns))[len(head) :]
-            if len(rest) <= room:
-                return head, rest
+            ids = self._render((*system, *turns))
+            # a greeting first, or white space that merges with what stands before it, shares less than the head
+            same = _common_prefix(head, ids)
+            if len(ids) <= self.max_prompt_tokens:
+                return ids[:same], ids[same:]
             if len(turns) <= 1:
-                return head, rest[-room:]
+                return ids[:same], ids[same - self.max_prompt_tokens :]
             turns = turns[2:] if len(turns) > 2 else turns[1:]
 
     def reply(self, text: str) -> Segment:
@@ -49,15 +51,24 @@ class ChatFormat:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def completion(self, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+        """A sampled reply, without the end token's text when it ended by itself."""
+        stopped = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+        text = self.decode(ids[:-1] if stopped else ids).strip()
+        return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
+
     def _head(self, system: tuple[ChatMessage, ...]) -> Segment:
         """The tokens common to every conversation under this system prompt."""
         if system not in self._cache:
             one, two = (self._render((*system, ChatMessage(role="user", content=c))) for c in ("a", "1"))
-            same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
-            self._cache[system] = one[:same]
+            self._cache[system] = one[: _common_prefix(one, two)]
         return self._cache[system]
 
     def _render(self, messages: Sequence[ChatMessage]) -> Segment:
         plain = [m.model_dump() for m in messages]
         ids = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
         return tuple(ids)
+
+
+def _common_prefix(one: Segment, two: Segment) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
