@@ -41,6 +41,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> tuple[A
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def end_tokens(model: Any) -> frozenset[int]:
+    """Every token that ends a reply; some models, such as Llama 3, have several."""
+    named = [config.eos_token_id for config in (model.config, model.generation_config) if config]
+    return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+
+
 class NativeModel:
     """A chat model on torch, CPU or GPU (`ChatModel` Protocol)."""
 
@@ -49,6 +55,7 @@ class NativeModel:
     ) -> None:
         self.model, self.name, self.threads, self.batch_replies = model, name, threads, batch_replies
         self.format = ChatFormat(tokenizer, max_prompt_tokens)
+        self.ends = end_tokens(model) | {tokenizer.eos_token_id}
 
     @classmethod
     def load(cls, folder: Path, name: str, *, device: str = "cpu", **settings: int) -> "NativeModel":
@@ -67,7 +74,7 @@ class NativeModel:
         """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
         prompts = [self.format.prompt(c) for c in conversations]
         drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
-        return [[self._completion(ids, logs) for ids, logs in replies] for replies in drawn]
+        return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
 
     def sample(
         self,
@@ -87,7 +94,8 @@ class NativeModel:
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i], i))  # equal system prompts side by side
         waiting, finished = order[::-1], 0
         with torch.inference_mode():
-            decoder = _Decoder(self.model, slots, n, sampling, max((sum(map(len, p)) for p in prompts), default=1))
+            longest = max((sum(map(len, p)) for p in prompts), default=1)
+            decoder = _Decoder(self.model, slots, n, sampling, longest, self.ends)
             while waiting or decoder.running:
                 if waiting and (decoder.free >= max(1, slots // 4) or not decoder.running):
                     batch = [waiting.pop() for _ in range(min(decoder.free, len(waiting)))]
@@ -98,11 +106,6 @@ class NativeModel:
                     if on_progress:
                         on_progress(finished, len(prompts))
         return results
-
-    def _completion(self, ids: list[int], logs: list[float]) -> Completion:
-        stopped = bool(ids) and ids[-1] == self.format.tokenizer.eos_token_id
-        text = self.format.decode(ids[:-1] if stopped else ids).strip()
-        return Completion(text, tuple(ids), tuple(logs), "stop" if stopped else "length")
 
 
 @dataclasses.dataclass
@@ -122,8 +125,8 @@ class _Decoder:
     rows go through the linear layers at every step.
     """
 
-    def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int) -> None:
-        config, self.model, self.n, self.sampling = model.config, model, n, sampling
+    def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int, ends: frozenset[int]) -> None:
+        config, self.model, self.n, self.sampling, self.ends = model.config, model, n, sampling, ends
         self.size, self.running = slots, list[_Slot]()
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         kv, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
@@ -136,8 +139,6 @@ class _Decoder:
         self.prompt_length = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.step_of = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.logits = torch.zeros(slots, n, config.vocab_size, device=self.device)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        self.ends = set(eos if isinstance(eos, list) else [eos]) | {config.eos_token_id}
 
     @property
     def free(self) -> int:
