@@ -54,7 +54,7 @@ class ChatFormat:
     def completion(
         self, ids: Sequence[int], logprobs: Sequence[float], ends: frozenset[int] = frozenset()
     ) -> Completion:
-        """A sampled reply; without the end token's text where it ended by itself (the tokenizer's, or one of `ends`)."""
+        """A sampled reply; without the end token's text where it ended by itself (the tokenizer's or one of `ends`)."""
         stopped = bool(ids) and ids[-1] in ends | {self.tokenizer.eos_token_id}
         text = self.decode(ids[:-1] if stopped else ids).strip()
         return Completion(text, tuple(ids), tuple(logprobs), "stop" if stopped else "length")
