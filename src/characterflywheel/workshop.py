@@ -20,6 +20,7 @@ from .errors import FlywheelError
 from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
 from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank
 from .llm.base import ChatModel, Sampling
+from .llm.ct2 import CTranslate2Model
 from .llm.encoder import Encoder
 from .llm.models import base_model_folder, encoder_folder
 from .llm.native import NativeModel
@@ -43,6 +44,7 @@ from .workspace import Workspace
 
 WORLD_BEGINS = datetime(2026, 1, 5, tzinfo=UTC)
 WEEK = timedelta(days=7)
+BACKENDS: dict[str, type[NativeModel | CTranslate2Model]] = {"native": NativeModel, "ctranslate2": CTranslate2Model}
 
 R = TypeVar("R", bound=Record)
 
@@ -168,7 +170,7 @@ class Workshop:
         """The chat model in a folder, by the configured backend; kept loaded."""
         if folder not in self._models:
             models = self.config.models
-            self._models[folder] = NativeModel.load(
+            self._models[folder] = BACKENDS[models.backend].load(
                 folder, name, device=self.device, max_prompt_tokens=models.max_prompt_tokens, threads=self.threads,
                 batch_replies=models.batch_replies,
             )  # fmt: skip

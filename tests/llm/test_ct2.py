@@ -1,20 +1,22 @@
 """The int8 backend: log-probabilities against transformers in float32, repeatable draws, honest order, clear errors."""
 
+import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import asks, says
 from transformers import AutoModelForCausalLM
 
 from characterflywheel.config import FlywheelConfig, ModelsConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm import Sampling
-from characterflywheel.llm.ct2 import CTranslate2Model, converted
+from characterflywheel.llm.ct2 import CTranslate2Model, Precision, converted
 from characterflywheel.workshop import BACKENDS, Workshop
 from characterflywheel.workspace import Workspace
+from tiny_model import asks, says
 
 pytest.importorskip("ctranslate2", reason="the optional package ctranslate2 is not installed")
 
@@ -36,13 +38,14 @@ def model(tiny_folder: Path) -> CTranslate2Model:
     return CTranslate2Model.load(tiny_folder, "tiny", max_prompt_tokens=128, threads=1)
 
 
+@pytest.mark.parametrize(("precision", "mean", "most"), [("float32", 3e-6, 3e-5), ("int8", 0.1, 0.5)])
 def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(
-    model: CTranslate2Model, tiny_folder: Path
+    tiny_folder: Path, precision: Precision, mean: float, most: float
 ) -> None:
-    """Prompts of unequal length, with three system prompts, in several batches; int8 moves a logit a little."""
+    """Prompts of unequal length, three system prompts, several batches. Rounding to int8 costs a narrow model most."""
+    model = CTranslate2Model.load(tiny_folder, "tiny", max_prompt_tokens=128, threads=1, precision=precision)
     reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-    sampling = Sampling(temperature=0.7, max_tokens=8)
-    replies = model.complete(CONVERSATIONS, n=3, sampling=sampling, seeds=SEEDS)
+    replies = model.complete(CONVERSATIONS, n=3, sampling=Sampling(temperature=0.7, max_tokens=8), seeds=SEEDS)
     apart = []
     for conversation, drawn in zip(CONVERSATIONS, replies, strict=True):
         head, rest = model.format.prompt(conversation)
@@ -53,8 +56,8 @@ def test_logprobs_are_those_of_transformers_at_the_sampling_temperature(
             exact = logits.log_softmax(-1).gather(1, torch.tensor(reply.token_ids).unsqueeze(1)).squeeze(1)
             apart += (exact - torch.tensor(reply.logprobs)).abs().tolist()
     assert len(apart) >= 60
-    assert sum(apart) / len(apart) < 0.03
-    assert max(apart) < 0.2
+    assert sum(apart) / len(apart) < mean
+    assert max(apart) < most
 
 
 def test_same_call_same_replies(model: CTranslate2Model) -> None:
@@ -64,16 +67,13 @@ def test_same_call_same_replies(model: CTranslate2Model) -> None:
 
 
 def test_tokens_are_drawn_with_their_probabilities(model: CTranslate2Model) -> None:
-    """The mean surprise of many first tokens is the entropy: -E[log p] over draws against -sum p log p."""
+    """The likeliest first token comes up as often as its probability says, within four standard errors."""
     (drawn,) = model.complete([asks("hi")], n=600, sampling=Sampling(max_tokens=1), seeds=[7])
-    logs = torch.tensor([reply.logprobs[0] for reply in drawn])
-    seen = {reply.token_ids[0]: reply.logprobs[0] for reply in drawn}
-    likeliest = max(seen, key=lambda token: seen[token])
-    share = sum(reply.token_ids[0] == likeliest for reply in drawn) / len(drawn)
-    expected = float(torch.tensor(seen[likeliest]).exp())
-    assert abs(share - expected) < 4 * (expected / len(drawn)) ** 0.5
-    assert len(seen) > 20
-    assert float(logs.exp().sum()) > 0
+    chances = {reply.token_ids[0]: math.exp(reply.logprobs[0]) for reply in drawn}
+    likeliest = max(chances, key=lambda token: chances[token])
+    share = sum(reply.token_ids[0] == likeliest for reply in drawn) / 600
+    assert len(chances) > 20
+    assert abs(share - chances[likeliest]) < 4 * math.sqrt(chances[likeliest] / 600)
 
 
 def test_replies_are_not_sorted_by_likelihood(model: CTranslate2Model) -> None:
@@ -92,6 +92,18 @@ def test_a_reply_ends_by_itself_or_at_the_limit(model: CTranslate2Model) -> None
         assert (reply.finish_reason == "stop") == (reply.token_ids[-1] == end)
         assert end not in reply.token_ids[:-1]
         assert "<|im_end|>" not in reply.text
+
+
+def test_any_of_a_models_end_tokens_ends_a_reply(tiny_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    ends = list(range(2, 100))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    model = CTranslate2Model.load(copy, "tiny", max_prompt_tokens=128, threads=1)
+    (drawn,) = model.complete([asks("hi")], n=32, sampling=Sampling(max_tokens=24), seeds=[5])
+    assert len({reply.token_ids[-1] for reply in drawn if reply.finish_reason == "stop"}) > 3
+    for reply in drawn:
+        assert (reply.finish_reason == "stop") == (reply.token_ids[-1] in ends)
+        assert not set(reply.token_ids[:-1]) & set(ends)
 
 
 def test_greedy_does_not_depend_on_company(model: CTranslate2Model) -> None:

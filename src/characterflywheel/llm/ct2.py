@@ -1,0 +1,193 @@
+"""The CTranslate2 backend: the same chat model in int8, for CPUs (DESIGN section 6).
+
+A folder's weights are converted once and kept in the cache under a hash of its files. The prompt is run once for
+all of its replies, a system prompt once a call. CTranslate2 seeds its random numbers only where a worker thread
+starts, so each call opens the converted model anew, which takes a tenth of a second for SmolLM2-135M.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..errors import FlywheelError
+from ..ids import derive_seed
+from ..records import ChatMessage
+from .base import Completion, Sampling
+from .chat_format import ChatFormat
+from .models import cache_folder
+from .shared_prefix import Segment
+
+LOGIT_BYTES = 2**28
+"""Room for the logits of one batch; they are kept until its last token, (rows, max_tokens, vocabulary) float32."""
+
+Precision = Literal["int8", "float32"]
+
+_SEEDING = threading.Lock()  # the seed is one for the whole process
+
+
+class CTranslate2Model:
+    """A chat model on CTranslate2 in int8 (`ChatModel` Protocol). It takes memory only during a call.
+
+    The same call gives the same replies. Conversations of one call draw from one stream of random numbers, so the
+    replies of a conversation also depend on those it is asked with; log-probabilities are those of the rounded weights.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, name: str, *, max_prompt_tokens: int, threads: int, batch_replies: int = 64,
+        precision: Precision = "int8", ends: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        """`folder` holds a model converted at this precision, see `converted`; `ends` are its further end tokens."""
+        self.folder, self.name, self.threads, self.batch_replies = folder, name, threads, batch_replies
+        self.precision, self.ends = precision, ends | {tokenizer.eos_token_id}
+        self.format = ChatFormat(tokenizer, max_prompt_tokens)
+
+    @classmethod
+    def load(
+        cls, folder: Path, name: str, *, device: str = "cpu", precision: Precision = "int8", **settings: int
+    ) -> "CTranslate2Model":
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        if device != "cpu":
+            raise FlywheelError(f'backend "ctranslate2" runs on "cpu", not {device!r}: set models.backend to "native".')
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ends = _end_tokens(folder)
+        return cls(converted(folder, precision), tokenizer, name, precision=precision, ends=ends, **settings)
+
+    def complete(
+        self,
+        conversations: Sequence[Sequence[ChatMessage]],
+        *,
+        n: int = 1,
+        sampling: Sampling = Sampling(),
+        seeds: Sequence[int],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
+        prompts = [self.format.prompt(c) for c in conversations]
+        drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
+        return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
+
+    def sample(
+        self,
+        prompts: Sequence[tuple[Segment, Segment]],
+        *,
+        n: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[tuple[list[int], list[float]]]]:
+        """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        results: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        if not prompts:
+            return results
+        with _SEEDING:
+            _package().set_random_seed(derive_seed("ctranslate2", *seeds) % (2**32 - 1))
+            generator = _package().Generator(str(self.folder), compute_type=self.precision, intra_threads=self.threads)
+            finished = 0
+            for batch in self._batches(prompts, n, sampling):
+                drawn = self._generate(generator, [prompts[i] for i in batch], n, sampling)
+                for index, replies in zip(batch, drawn, strict=True):
+                    # They come sorted by score; whoever takes the first of n must not take the likeliest.
+                    results[index] = random.Random(seeds[index]).sample(replies, n)
+                finished += len(batch)
+                if on_progress:
+                    on_progress(finished, len(prompts))
+        return results
+
+    def _batches(self, prompts: Sequence[tuple[Segment, Segment]], n: int, sampling: Sampling) -> list[list[int]]:
+        """Prompts with one system prompt and similar lengths together: a batch waits for its longest prompt."""
+        logits = 4 * len(self.format.tokenizer) * sampling.max_tokens
+        size = max(1, min(self.batch_replies, LOGIT_BYTES // logits) // n)
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i][0], len(prompts[i][1]), i))
+        groups = [list(group) for _, group in groupby(order, key=lambda i: prompts[i][0])]
+        return [group[at : at + size] for group in groups for at in range(0, len(group), size)]
+
+    def _generate(
+        self, generator: Any, prompts: Sequence[tuple[Segment, Segment]], n: int, sampling: Sampling
+    ) -> list[list[tuple[list[int], list[float]]]]:
+        tokens, greedy = self.format.tokenizer.convert_ids_to_tokens, sampling.temperature == 0
+        results = generator.generate_batch(
+            [tokens(rest) for _, rest in prompts],
+            static_prompt=tokens(prompts[0][0]) or None,
+            include_prompt_in_result=False,
+            return_end_token=True,
+            end_token=sorted(self.ends),
+            max_length=sampling.max_tokens,
+            num_hypotheses=1 if greedy else n,
+            sampling_topk=1 if greedy else 0,
+            sampling_topp=sampling.top_p,
+            sampling_temperature=sampling.temperature,
+            return_logits_vocab=not greedy,
+        )
+        if greedy:
+            return [[(list(r.sequences_ids[0]), [0.0] * len(r.sequences_ids[0]))] * n for r in results]
+        return [
+            [
+                (list(ids), _logprobs(ids, logits, sampling.temperature))
+                for ids, logits in zip(result.sequences_ids, result.logits, strict=True)
+            ]
+            for result in results
+        ]
+
+
+def _logprobs(ids: Sequence[int], logits: Sequence[Any], temperature: float) -> list[float]:
+    """Of each token at the sampling temperature. `logits` may begin with those of prompt tokens."""
+    table = torch.from_numpy(np.stack([np.asarray(row) for row in logits[-len(ids) :]])) / temperature
+    chosen = table.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+    return list((chosen - table.logsumexp(1)).tolist())
+
+
+def converted(folder: Path, precision: Precision = "int8") -> Path:
+    """The CTranslate2 form of a Hugging Face folder, made when these weights are first seen."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    package = _package()
+    digest = hashlib.sha256(f"{package.__version__} {precision}".encode())
+    for file in sorted(f for f in folder.iterdir() if f.suffix in {".json", ".safetensors"}):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    target = cache_folder() / f"ct2-{digest.hexdigest()[:16]}"
+    if not (target / "model.bin").exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            made = Path(temporary, "model")
+            package.converters.TransformersConverter(str(folder)).convert(str(made), quantization=precision)
+            settings = json.loads((made / "config.json").read_text(encoding="utf-8"))
+            # a tokenizer without a first token is written as null, which the loader refuses; prompts never use it
+            settings["bos_token"] = settings["bos_token"] or settings["eos_token"]
+            (made / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            made.replace(target)
+    return target
+
+
+def _end_tokens(folder: Path) -> frozenset[int]:
+    """What the folder's configurations name; some models, such as Llama 3, have several."""
+    files = [f for f in (folder / "config.json", folder / "generation_config.json") if f.exists()]
+    named = [json.loads(f.read_text(encoding="utf-8")).get("eos_token_id") for f in files]
+    return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
+
+
+def _package() -> Any:
+    try:
+        import ctranslate2  # noqa: PLC0415
+    except ImportError:
+        raise FlywheelError(
+            'backend "ctranslate2" needs its package: pip install "characterflywheel[ctranslate2]", '
+            'or set models.backend to "native".'
+        ) from None
+    return ctranslate2
