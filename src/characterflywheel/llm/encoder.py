@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 
 class Encoder:
@@ -14,6 +15,7 @@ class Encoder:
 
     def __init__(self, folder: Path, threads: int = 2, batch_size: int = 64, max_tokens: int = 128) -> None:
         self.threads, self.batch_size, self.max_tokens = threads, batch_size, max_tokens
+        logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
