@@ -40,6 +40,7 @@ def advantages(rewards: Tensor) -> Tensor:
 
     A group of equal rewards teaches nothing: its advantages are 0.
     """
+    rewards = rewards - rewards[:, :1]  # so that equal rewards are exactly 0: an optimiser would scale rounding up
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + 1e-4)
 
