@@ -121,8 +121,9 @@ class Learner:
         weights = {k: v.to(torch.bfloat16).contiguous() for k, v in self.model.state_dict().items()}
         if self.model.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
-        self.model.config.dtype = torch.bfloat16
         self.model.save_pretrained(folder, state_dict=weights)
+        self.model.config.dtype = torch.bfloat16  # save_pretrained has named the master weights' float32
+        self.model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
