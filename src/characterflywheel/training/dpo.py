@@ -55,7 +55,9 @@ def train_dpo(
     if not reference_file.exists():
         fresh = _learner(config, parent, len(batches), threads, device, None)
         sums = reference_logprobs(fresh, [_paths(fresh, pair) for pair in pairs])
-        torch.save(torch.stack(sums), reference_file)
+        writing = reference_file.with_suffix(".writing")
+        torch.save(torch.stack(sums), writing)
+        writing.replace(reference_file)
     reference = torch.load(reference_file, weights_only=True)
     place = {pair.id: row for pair, row in zip(pairs, reference, strict=True)}
     learner = _learner(config, parent, len(batches), threads, device, work.partial)
