@@ -1,0 +1,156 @@
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from training_fixture import Killed, dies_at, prompt, same_weights
+
+from characterflywheel.config import RLConfig
+from characterflywheel.errors import FlywheelError
+from characterflywheel.pipeline import Work
+from characterflywheel.records import Candidate, ChatMessage
+from characterflywheel.safety.policy import SafetyPolicy
+from characterflywheel.training import learner
+from characterflywheel.training.rl import RLSummary, choose_prompts, train_rl
+
+CONFIG = RLConfig(steps=25, prompts_per_step=2, group=8, learning_rate=1e-2, temperature=1.0, max_tokens=12)
+FEW = CONFIG.model_copy(update={"steps": 4})
+PROMPTS = [prompt(i) for i in range(4)]
+ANYTHING = SafetyPolicy(classifiers=())
+
+
+class Judged:
+    """A scorer by rule."""
+
+    def __init__(self, rule: Callable[[str], float]) -> None:
+        self.rule = rule
+
+    def score(self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [[self.rule(text) for text in several] for several in replies]
+
+
+SHORTER = Judged(lambda text: -float(len(text)))
+
+
+def train(
+    folder: Path, parent: Path, config: RLConfig = CONFIG, scorer: Judged = SHORTER, safety: SafetyPolicy = ANYTHING,
+    **more: object,
+) -> RLSummary:  # fmt: skip
+    return train_rl(Work(folder, 3), config, parent, PROMPTS, scorer, safety, threads=1, batch_replies=16, **more)  # type: ignore[arg-type]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def mean(rows: list[dict[str, float]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def test_the_reward_rises(tiny_folder: Path, tmp_path: Path) -> None:
+    """Shorter is better, so the policy learns to say its end token and short tokens."""
+    summary = train(tmp_path, tiny_folder)
+    rows = metrics(tmp_path)
+    assert mean(rows[-5:], "reward") > mean(rows[:5], "reward") + 2 * mean(rows[:5], "reward_deviation")
+    assert (summary.steps, summary.rollouts) == (25, 25 * 2 * 8)
+    assert summary.sampled_tokens == sum(row["tokens"] for row in rows)
+    assert (summary.first_reward, summary.last_reward) == (rows[0]["reward"], rows[-1]["reward"])
+
+
+def test_sampler_and_trainer_stay_close(tiny_folder: Path, tmp_path: Path) -> None:
+    """Both in bfloat16 but in other orders: the importance weights are near 1 and hardly cost samples."""
+    train(tmp_path, tiny_folder, FEW)
+    for row in metrics(tmp_path):
+        assert row["weight_mean"] == pytest.approx(1, abs=0.03)
+        assert row["effective_share"] > 0.95
+        assert 0 < row["entropy"] < math.log(320)
+        assert row["kl"] == 0.0
+
+
+def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    summary = train(tmp_path, tiny_folder, FEW, Judged(lambda text: 0.7))
+    assert summary.equal_groups == FEW.steps * FEW.prompts_per_step
+    assert summary.trained_tokens == 0 < summary.sampled_tokens
+    assert same_weights(tmp_path / "model", tiny_folder)
+
+
+def test_an_unsafe_reply_earns_no_more_than_the_worst(tiny_folder: Path, tmp_path: Path) -> None:
+    """The scorer likes just what the policy refuses, so every group ends equal and nothing is learnt."""
+
+    def harm(text: str, context: str) -> tuple[str, ...]:
+        return ("harm",) if len(text) % 2 else ()
+
+    liked = Judged(lambda text: float(len(text) % 2))
+    assert train(tmp_path / "free", tiny_folder, FEW, liked).equal_groups < 4
+    summary = train(tmp_path / "safe", tiny_folder, FEW, liked, SafetyPolicy(classifiers=(harm,)))
+    assert summary.equal_groups == 8
+    assert same_weights(tmp_path / "safe" / "model", tiny_folder)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_a_clear_error(bad: float, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FlywheelError, match="a score that is not finite"):
+        train(tmp_path, tiny_folder, FEW, Judged(lambda text: bad))
+    assert not (tmp_path / "model").exists()
+
+
+def test_no_prompt_is_a_clear_error(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FlywheelError, match="no prompt to learn from"):
+        train_rl(Work(tmp_path, 3), FEW, tiny_folder, [], SHORTER, ANYTHING, threads=1, batch_replies=16)
+
+
+def test_a_killed_run_ends_in_the_same_bytes(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tmp_path / "whole", tiny_folder, FEW)
+    monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", tiny_folder, FEW, on_progress=dies_at(3))
+    heard: list[int] = []
+    resumed = train(tmp_path / "killed", tiny_folder, FEW, on_progress=lambda done, total: heard.append(done))
+    assert heard == [3, 4]
+    assert resumed == whole
+    assert same_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+def test_a_kl_term_holds_the_policy_back(tiny_folder: Path, tmp_path: Path) -> None:
+    """With a heavy weight the policy stays near its reference, and its divergence is reported."""
+    few = CONFIG.model_copy(update={"steps": 12, "learning_rate": 3e-3})
+    train(tmp_path / "free", tiny_folder, few.model_copy(update={"kl_weight": 1e-6}))
+    train(tmp_path / "held", tiny_folder, few.model_copy(update={"kl_weight": 3.0}))
+    free, held = metrics(tmp_path / "free"), metrics(tmp_path / "held")
+    assert free[0]["kl"] < 1e-2
+    assert mean(free[-3:], "kl") > 2 * mean(held[-3:], "kl") > 0
+
+
+# Which prompts
+
+
+def scored(number: int, *scores: float | None) -> list[Candidate]:
+    return [
+        Candidate(
+            id=f"{number}-{i}", prompt_id=f"prompt-{number:02}", policy="a", text="x", finish_reason="stop", score=score
+        )
+        for i, score in enumerate(scores)
+    ]  # fmt: skip
+
+
+def test_prompts_that_divide_the_candidates_are_chosen() -> None:
+    prompts = [prompt(i) for i in range(20)]
+    candidates = [c for i in range(20) for c in scored(i, 0.0, float(i), float(-i), None)]
+    chosen = choose_prompts(prompts, candidates, 8, ordinary_share=0.25, seed=1)
+    ids = {p.id for p in chosen}
+    assert len(ids) == len(chosen) == 8
+    assert {f"prompt-{i:02}" for i in range(14, 20)} <= ids
+    assert choose_prompts(prompts[::-1], candidates[::-1], 8, ordinary_share=0.25, seed=1) == chosen
+    assert choose_prompts(prompts, candidates, 8, ordinary_share=0.25, seed=2) != chosen
+
+
+def test_prompts_without_two_scores_are_ordinary() -> None:
+    prompts = [*(prompt(i) for i in range(4)), prompt(9, "evaluate")]
+    candidates = [*scored(0, 1.0), *scored(1, 1.0, None), *scored(2, 1.0, 2.0), *scored(9, 0.0, 99.0)]
+    assert [p.id for p in choose_prompts(prompts, candidates, 1, ordinary_share=0.0, seed=1)] == ["prompt-02"]
+    everything = choose_prompts(prompts, candidates, 50, ordinary_share=0.25, seed=1)
+    assert sorted(p.id for p in everything) == [f"prompt-{i:02}" for i in range(4)]
