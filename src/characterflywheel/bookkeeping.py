@@ -64,7 +64,7 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
         gate=Gate(
             decision=decision.decision,
             criteria=tuple(GateCriterion(**criterion.model_dump()) for criterion in decision.criteria),
-            reason="; ".join(f"{criterion.name}: {criterion.note}" for criterion in decision.failed),
+            reason=decision.reason,
         ),
         experiment=_experiment(shop, done, test) if test else None,
         verdict=test.verdict if test else None,

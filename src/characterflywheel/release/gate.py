@@ -87,8 +87,18 @@ class GateDecision(Record):
     def line(self) -> str:
         """One line for the run's log."""
         passed = f"{len(self.criteria) - len(self.failed)} of {len(self.criteria)} criteria passed"
-        reasons = "; ".join(f"{criterion.name}: {criterion.note}" for criterion in self.failed)
-        return f"{self.decision}: {passed}" + (f" ({reasons})" if reasons else "")
+        return f"{self.decision}: {passed}" + (f" ({self.reason})" if self.failed else "")
+
+    @property
+    def reason(self) -> str:
+        """What stood in the way: of each family of criteria the gravest, and how many more; empty if nothing did."""
+        families: dict[str, list[Criterion]] = {}
+        for criterion in self.failed:
+            families.setdefault(criterion.name.split(",")[0], []).append(criterion)
+        return "; ".join(
+            f"{first.name}: {first.note}" + (f" (and {len(others)} more)" if others else "")
+            for first, *others in families.values()
+        )
 
 
 def decide(config: GateConfig, evidence: GateEvidence) -> GateDecision:
