@@ -39,7 +39,11 @@ class Scorer(Protocol):
 
 
 class RLSummary(Record):
-    """Rewards at the start and the end, and how far the policy moved."""
+    """Rewards at the start and the end, and how far the policy moved.
+
+    `entropy` (of the last step that learnt) and `effective_share` (mean over those steps) are None if no step did,
+    since all groups had equal rewards.
+    """
 
     steps: int
     prompts: int
@@ -50,15 +54,16 @@ class RLSummary(Record):
     last_reward: float
     first_words: float
     last_words: float
-    entropy: float
-    effective_share: float
+    entropy: float | None
+    effective_share: float | None
     equal_groups: int
 
     def line(self) -> str:
+        share = "unknown, as all rewards were equal" if self.effective_share is None else f"{self.effective_share:.0%}"
         return (
             f"{self.steps} steps, {self.rollouts} rollouts, reward {self.first_reward:+.2f} to "
             f"{self.last_reward:+.2f}, {self.first_words:.0f} to {self.last_words:.0f} words, "
-            f"effective samples {self.effective_share:.0%}"
+            f"effective samples {share}"
         )
 
 
@@ -160,7 +165,8 @@ def _roll_out(
 def _learn(learner: Learner, rollouts: Sequence[Rollout], config: RLConfig, reference: Any | None) -> dict[str, float]:
     """Accumulate the gradient of one step over all rollouts; returns what to log.
 
-    Groups of equal rewards have no gradient (unless a KL term is on) and are left out of the pass.
+    Groups of equal rewards have no gradient (unless a KL term is on) and are left out of the pass; a step with no
+    other group has nothing to say of loss, entropy or weights.
     """
     live = [r for r in rollouts if bool(r.advantage.abs().max() > 0) or reference is not None]
     total = sum(len(path[-1]) for r in live for path in r.paths)
@@ -195,8 +201,7 @@ def _learn(learner: Learner, rollouts: Sequence[Rollout], config: RLConfig, refe
     rewards = torch.stack([r.rewards for r in rollouts])
     words = [len(text.split()) for r in rollouts for text in r.texts]
     return {
-        **sums,
-        "weight_max": weight_max,
+        **(sums | {"weight_max": weight_max} if live else {}),
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std(1).mean().item(),
         "words": sum(words) / len(words),
@@ -215,6 +220,7 @@ def _push_weights(trained: Any, policy: Any) -> None:
 
 def _summary(log: Sequence[Mapping[str, float]], config: RLConfig) -> RLSummary:
     first, last = log[0], log[-1]
+    learnt = [row for row in log if "entropy" in row]
     return RLSummary(
         steps=len(log),
         prompts=config.prompts_per_step * len(log),
@@ -225,7 +231,7 @@ def _summary(log: Sequence[Mapping[str, float]], config: RLConfig) -> RLSummary:
         last_reward=last["reward"],
         first_words=first["words"],
         last_words=last["words"],
-        entropy=last["entropy"],
-        effective_share=sum(row["effective_share"] for row in log) / len(log),
+        entropy=learnt[-1]["entropy"] if learnt else None,
+        effective_share=sum(row["effective_share"] for row in learnt) / len(learnt) if learnt else None,
         equal_groups=int(sum(row["equal_groups"] for row in log)),
     )
