@@ -1,5 +1,6 @@
 """Rejection sampling: candidates from a pool for fresh prompts, the best kept when good enough (PAPER section 4)."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,9 @@ def reject(
     The threshold is the score that `config.accept_share` of the prompts' best replies reach, so hard prompts
     without a good reply teach nothing. Writes `accepted.parquet`, `rejected.parquet` (Candidate with score),
     `examples.parquet` (Example) and `dropped.parquet`.
+
+    Raises:
+        FlywheelError: no prompt is for training, or a score is not finite.
     """
     fresh = [p for p in prompts if p.split == "train"]
     if not fresh:
@@ -87,6 +91,10 @@ def reject(
         on_progress(start + len(chunk), len(chosen))
     by_prompt = {p.id: [d.candidate for d in drawn if d.candidate.prompt_id == p.id] for p in chosen}
     scores = judge.composite([p.messages for p in chosen], [[c.text for c in by_prompt[p.id]] for p in chosen])
+    if not all(math.isfinite(score) for several in scores for score in several):
+        raise FlywheelError(
+            "the reward models gave a score that is not finite: look at their training before going on."
+        )
     scored = {
         p.id: [c.model_copy(update={"score": s}) for c, s in zip(by_prompt[p.id], values, strict=True)]
         for p, values in zip(chosen, scores, strict=True)
