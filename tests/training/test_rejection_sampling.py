@@ -1,3 +1,4 @@
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -43,16 +44,17 @@ class Writer:
 
 
 class Longer:
-    """A judge that likes words, and hears a kill coming."""
+    """A judge that likes words, may be killed, and may lose its mind."""
 
     killed = False
+    scale = 1.0
 
     def composite(
         self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         if self.killed:
             raise Killed
-        return [[float(len(text.split())) for text in several] for several in replies]
+        return [[self.scale * len(text.split()) for text in several] for several in replies]
 
 
 class Results:
@@ -165,3 +167,11 @@ def test_only_training_prompts_are_used(tmp_path: Path) -> None:
         run(tmp_path, split="annotate")
     _, out = run(tmp_path / "more", config=CONFIG.model_copy(update={"prompts": 100}))
     assert {c.prompt_id for c in out.accepted + out.rejected} == {f"prompt-{i:02}" for i in range(10)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_a_clear_error(bad: float, tmp_path: Path) -> None:
+    judge = Longer()
+    judge.scale = bad
+    with pytest.raises(FlywheelError, match="a score that is not finite"):
+        run(tmp_path, judge=judge)

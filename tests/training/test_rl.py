@@ -14,7 +14,7 @@ from characterflywheel.safety.policy import SafetyPolicy
 from characterflywheel.training import learner
 from characterflywheel.training.rl import RLSummary, choose_prompts, train_rl
 
-CONFIG = RLConfig(steps=25, prompts_per_step=2, group=8, learning_rate=1e-2, temperature=1.0, max_tokens=12)
+CONFIG = RLConfig(steps=24, prompts_per_step=2, group=12, learning_rate=1e-2, temperature=1.0, max_tokens=12)
 FEW = CONFIG.model_copy(update={"steps": 4})
 PROMPTS = [prompt(i) for i in range(4)]
 ANYTHING = SafetyPolicy(classifiers=())
@@ -31,6 +31,7 @@ class Judged:
 
 
 SHORTER = Judged(lambda text: -float(len(text)))
+LETTERS = Judged(lambda text: sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text)))
 
 
 def train(
@@ -49,11 +50,11 @@ def mean(rows: list[dict[str, float]], name: str) -> float:
 
 
 def test_the_reward_rises(tiny_folder: Path, tmp_path: Path) -> None:
-    """Shorter is better, so the policy learns to say its end token and short tokens."""
-    summary = train(tmp_path, tiny_folder)
+    """The untrained model says any bytes; the rule likes letters, and the policy learns to say them."""
+    summary = train(tmp_path, tiny_folder, scorer=LETTERS)
     rows = metrics(tmp_path)
-    assert mean(rows[-5:], "reward") > mean(rows[:5], "reward") + 2 * mean(rows[:5], "reward_deviation")
-    assert (summary.steps, summary.rollouts) == (25, 25 * 2 * 8)
+    assert mean(rows[-5:], "reward") > mean(rows[:5], "reward") + mean(rows[:5], "reward_deviation")
+    assert (summary.steps, summary.rollouts) == (24, 24 * 2 * 12)
     assert summary.sampled_tokens == sum(row["tokens"] for row in rows)
     assert (summary.first_reward, summary.last_reward) == (rows[0]["reward"], rows[-1]["reward"])
 
@@ -72,6 +73,9 @@ def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Pat
     summary = train(tmp_path, tiny_folder, FEW, Judged(lambda text: 0.7))
     assert summary.equal_groups == FEW.steps * FEW.prompts_per_step
     assert summary.trained_tokens == 0 < summary.sampled_tokens
+    assert (summary.entropy, summary.effective_share) == (None, None), "not measured is not zero"
+    assert "effective samples unknown" in summary.line()
+    assert {"loss", "entropy"}.isdisjoint(metrics(tmp_path)[0])
     assert same_weights(tmp_path / "model", tiny_folder)
 
 
