@@ -23,9 +23,10 @@ from characterflywheel.ledger import LedgerRow
 from characterflywheel.llm.models import base_model_folder
 
 FLYWHEEL = [sys.executable, "-m", "characterflywheel.cli"]
-STAGES = (
-    "window traffic curate annotate reward rejection_sampling sft dpo rl offline style gate release live experiment"
-).split()
+STAGES = [
+    "window", "traffic", "curate", "annotate", "reward", "rejection_sampling", "sft", "dpo", "rl", "offline", "style",
+    "gate", "release", "live", "experiment",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -42,39 +42,40 @@ Oracle = Callable[[Bank], Truth]
 def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[Any], ...]:
     """The stages of generation `number`, in the order they run. Nothing is run or loaded here."""
     seed = config.seed
-    parent = {"parent": shop.parent.identity, "characters": shop.characters_identity}
+    models = {"parent": shop.parent.identity, "characters": shop.characters_identity, "models": shop.models_identity}
 
     # Data consolidation: people talk, traffic is curated into prompts, annotators compare replies.
     window = Stage("window", 1, config.world or Section(), WindowSummary, shop.open_window, seed, {},
-                   {**parent, "generation": str(number), "after": shop.previous})
+                   {**models, "generation": str(number), "after": shop.previous})
     traffic = Stage("traffic", 1, Section(), TrafficSummary, shop.export_traffic, seed, {"window": window})
-    curate = Stage("curate", 1, config.curate, CurateSummary, shop.curate, seed, {"traffic": traffic})
+    curate = Stage("curate", 1, config.curate, CurateSummary, shop.curate, seed, {"traffic": traffic},
+                   models)
     annotate = Stage("annotate", 1, config.annotate, AnnotateSummary, shop.annotate, seed,
-                     {"prompts": curate}, parent)
+                     {"prompts": curate}, models)
 
     # Pre-herding: reward models interpolate what people preferred; the best of n replies become examples.
     reward = Stage("reward", 1, config.reward, RewardSummary, shop.train_rewards, seed,
-                   {"pairs": annotate, "traffic": traffic}, parent)
+                   {"pairs": annotate, "traffic": traffic}, models)
     rejection = Stage("rejection_sampling", 1, config.rejection_sampling, RejectionSummary, shop.reject, seed,
-                      {"prompts": curate, "judge": reward}, parent)
+                      {"prompts": curate, "judge": reward}, models)
 
     # Herding: a careful step uphill.
     sft = Stage("sft", 1, config.sft, TrainingSummary, shop.train_sft, seed,
-                {"selected": rejection, "rewrites": annotate}, parent)
+                {"selected": rejection, "rewrites": annotate}, models)
     dpo = Stage("dpo", 1, config.dpo, DPOSummary, shop.train_dpo, seed, {"model": sft, "pairs": annotate})
     rl = Stage("rl", 1, config.rl, RLSummary, shop.train_rl, seed,
-               {"model": dpo, "prompts": curate, "scored": rejection, "judge": reward})
+               {"model": dpo, "prompts": curate, "scored": rejection, "judge": reward}, models)
 
     # Evaluation: offline, then the gate, then people.
     offline = Stage("offline", 1, config.offline, OfflineSummary, shop.evaluate_offline, seed,
-                    {"model": rl, "prompts": curate, "judge": reward}, parent)
+                    {"model": rl, "prompts": curate, "judge": reward}, models)
     style = Stage("style", 1, config.style, StyleSummary, shop.watch_style, seed,
                   {"pairs": annotate, "selected": rejection, "sft": sft, "dpo": dpo, "replies": offline,
-                   "prompts": curate})
+                   "prompts": curate}, models)
     gate = Stage("gate", 1, config.gate, GateDecision, shop.decide, seed,
                  {"offline": offline, "style": style, "reward": reward})
     release = Stage("release", 1, config.experiment, BankSummary, shop.release, seed,
-                    {"model": rl, "prompts": curate, "gate": gate, "window": window}, parent)
+                    {"model": rl, "prompts": curate, "gate": gate, "window": window}, models)
     live = Stage("live", 1, config.world or Section(), LiveSummary, shop.live, seed, {"bank": release})
     experiment = Stage("experiment", 1, config.experiment, ExperimentSummary, shop.analyse, seed,
                        {"live": live, "bank": release})

@@ -148,6 +148,13 @@ class Workshop:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
+    def models_identity(self) -> str:
+        """A hash over how models are run and answer: what changes a sampled word but is no stage's own setting."""
+        models = self.config.models.model_dump(exclude={"threads"})
+        text = json.dumps([models, self.config.serving.model_dump()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
     def previous(self) -> str:
         """The stage after which this generation's window begins: the experiment before, or nothing."""
         if self.number == 1:

@@ -1,5 +1,6 @@
 """From messages to token segments: the model's own chat template, split where prefixes are shared."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ class ChatFormat:
             raise FlywheelError("the model's tokenizer has no chat template: add `chat_template` to its folder.")
         self.tokenizer, self.max_prompt_tokens = tokenizer, max_prompt_tokens
         self._cache: dict[tuple[ChatMessage, ...], Segment] = {}
+        special = sorted(set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def prompt(self, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment]:
         """The system prompt's tokens, and the rest up to where the assistant's reply begins.
@@ -45,7 +48,7 @@ class ChatFormat:
 
     def reply(self, text: str) -> Segment:
         """A reply's tokens, with the end-of-turn token that the model must learn to say."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self._harmless(text), add_special_tokens=False)["input_ids"]
         return (*ids, self.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,8 +69,12 @@ class ChatFormat:
             self._cache[system] = one[: _common_prefix(one, two)]
         return self._cache[system]
 
+    def _harmless(self, text: str) -> str:
+        """Text that cannot speak for another role: a control token written out by a person is broken by a space."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
     def _render(self, messages: Sequence[ChatMessage]) -> Segment:
-        plain = [m.model_dump() for m in messages]
+        plain = [{"role": m.role, "content": self._harmless(m.content)} for m in messages]
         ids = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
         return tuple(ids)
 

@@ -171,6 +171,8 @@ def reply_logprobs(model: Any, paths: Sequence[Path], *, temperature: float = 1.
     `model` is a `LlamaForCausalLM`; only the rows that predict a reply token go through its head. `entropy` is
     that of the next-token distribution, detached.
     """
+    if any(len(path) < 2 or not path[-1] or not any(path[:-1]) for path in paths):
+        raise FlywheelError("a reply's probability needs at least one token of prompt and one of reply.")
     forest = plant(paths, device)
     states = hidden_states(model.model, forest)
     before = torch.cat([rows[-len(p[-1]) - 1 : -1] for rows, p in zip(forest.rows, paths, strict=True)])
