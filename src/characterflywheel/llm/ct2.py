@@ -3,6 +3,9 @@
 A folder's weights are converted once and kept in the cache under a hash of its files. The prompt is run once for
 all of its replies, a system prompt once a call. CTranslate2 seeds its random numbers only where a worker thread
 starts, so each call opens the converted model anew, which takes a tenth of a second for SmolLM2-135M.
+
+Int8 is a policy of its own: for SmolLM2-135M a token's log-probability is 0.25 nats from float32's on average and the
+divergence 0.05 nats a token (718 tokens at temperature 0.8). With `precision="float32"` both are below 1e-5.
 """
 
 import hashlib
