@@ -15,7 +15,7 @@ from ..errors import FlywheelError
 
 def cache_folder() -> Path:
     """Where converted models and embeddings are kept between runs."""
-    return Path(os.environ.get("FLYWHEEL_CACHE", "~/.cache/characterflywheel")).expanduser()
+    return Path(os.environ.get("FLYWHEEL_CACHE") or "~/.cache/characterflywheel").expanduser()
 
 
 def base_model_folder(spec: str) -> Path:
