@@ -30,7 +30,7 @@ class ModelsConfig(Section):
     backend: Literal["native", "ctranslate2"] = "native"
     device: str = "cpu"
     threads: int = Field(2, ge=1)
-    batch_replies: int = Field(64, ge=1, description="replies decoded together")
+    batch_replies: int = Field(128, ge=1, description="replies decoded together")
     max_prompt_tokens: int = Field(256, ge=32, description="longer histories lose their oldest turns")
 
 
@@ -58,9 +58,9 @@ class CurateConfig(Section):
     min_letters: int = Field(2, ge=1, description="a user's message with fewer letters is no prompt")
     clusters: int = Field(12, ge=1)
     keep_share: float = Field(0.8, gt=0, le=1, description="share kept within a cluster")
-    annotate_share: float = Field(0.35, gt=0, lt=1)
-    train_share: float = Field(0.35, gt=0, lt=1)
-    evaluate_share: float = Field(0.15, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
+    annotate_share: float = Field(0.34, gt=0, lt=1)
+    train_share: float = Field(0.28, gt=0, lt=1)
+    evaluate_share: float = Field(0.24, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
 
     @model_validator(mode="after")
     def _leaves_contexts_for_the_experiment(self) -> Self:

@@ -9,8 +9,8 @@
 stage's own package. Stages never import one another; only this file puts them together.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from . import bookkeeping, ledger
 from .annotation.stage import AnnotateSummary
@@ -21,8 +21,9 @@ from .evaluation.stage import OfflineSummary
 from .experiment.stage import BankSummary, ExperimentSummary
 from .ledger import LedgerRow, Truth
 from .people import Bank, People
-from .pipeline import Artifact, Stage
+from .pipeline import Artifact, Stage, Work
 from .progress import announce
+from .records import Record
 from .release import registry
 from .release.gate import GateDecision
 from .reward.stage import RewardSummary
@@ -35,50 +36,62 @@ from .training.sft import TrainingSummary
 from .workshop import WEEK, LiveSummary, TrafficSummary, WindowSummary, Workshop
 from .workspace import Workspace
 
+S = TypeVar("S", bound=Record)
+Inputs = Mapping[str, Stage[Any]]
+VERSIONS: dict[str, int] = {}
+"""A stage whose code changes what it makes gets a new version here, so that old artifacts are not served."""
+
 Oracle = Callable[[Bank], Truth]
 """What the embedded world knows and the pipeline never reads; noted in the ledger after the verdict."""
 
 
 def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[Any], ...]:
     """The stages of generation `number`, in the order they run. Nothing is run or loaded here."""
-    seed = config.seed
     models = {"parent": shop.parent.identity, "characters": shop.characters_identity, "models": shop.models_identity}
+    opening = {**models, "generation": str(number), "after": shop.previous}
+    nothing = Section()
+
+    def stage(
+        name: str, settings: Section, summary: type[S], run: Callable[[Work], S], inputs: Inputs,
+        external: dict[str, str] = models,
+    ) -> Stage[S]:  # fmt: skip
+        return Stage(name, VERSIONS.get(name, 1), settings, summary, run, config.seed, inputs, external)
 
     # Data consolidation: people talk, traffic is curated into prompts, annotators compare replies.
-    window = Stage("window", 1, config.world or Section(), WindowSummary, shop.open_window, seed, {},
-                   {**models, "generation": str(number), "after": shop.previous})
-    traffic = Stage("traffic", 1, Section(), TrafficSummary, shop.export_traffic, seed, {"window": window})
-    curate = Stage("curate", 1, config.curate, CurateSummary, shop.curate, seed, {"traffic": traffic},
-                   models)
-    annotate = Stage("annotate", 1, config.annotate, AnnotateSummary, shop.annotate, seed,
-                     {"prompts": curate}, models)
+    window = stage("window", config.world or nothing, WindowSummary, shop.open_window, {}, opening)
+    traffic = stage("traffic", nothing, TrafficSummary, shop.export_traffic, {"window": window})
+    curate = stage("curate", config.curate, CurateSummary, shop.curate, {"traffic": traffic})
+    annotate = stage("annotate", config.annotate, AnnotateSummary, shop.annotate, {"prompts": curate})
 
     # Pre-herding: reward models interpolate what people preferred; the best of n replies become examples.
-    reward = Stage("reward", 1, config.reward, RewardSummary, shop.train_rewards, seed,
-                   {"pairs": annotate, "traffic": traffic}, models)
-    rejection = Stage("rejection_sampling", 1, config.rejection_sampling, RejectionSummary, shop.reject, seed,
-                      {"prompts": curate, "judge": reward}, models)
+    learned: Inputs = {"pairs": annotate, "traffic": traffic}
+    reward = stage("reward", config.reward, RewardSummary, shop.train_rewards, learned)
+    fresh: Inputs = {"prompts": curate, "judge": reward}
+    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh)
 
     # Herding: a careful step uphill.
-    sft = Stage("sft", 1, config.sft, TrainingSummary, shop.train_sft, seed,
-                {"selected": rejection, "rewrites": annotate}, models)
-    dpo = Stage("dpo", 1, config.dpo, DPOSummary, shop.train_dpo, seed, {"model": sft, "pairs": annotate})
-    rl = Stage("rl", 1, config.rl, RLSummary, shop.train_rl, seed,
-               {"model": dpo, "prompts": curate, "scored": rejection, "judge": reward}, models)
+    sft = stage("sft", config.sft, TrainingSummary, shop.train_sft, {"selected": rejection, "rewrites": annotate})
+    dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, {"model": sft, "pairs": annotate})
+    rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh})
 
     # Evaluation: offline, then the gate, then people.
-    offline = Stage("offline", 1, config.offline, OfflineSummary, shop.evaluate_offline, seed,
-                    {"model": rl, "prompts": curate, "judge": reward}, models)
-    style = Stage("style", 1, config.style, StyleSummary, shop.watch_style, seed,
-                  {"pairs": annotate, "selected": rejection, "sft": sft, "dpo": dpo, "replies": offline,
-                   "prompts": curate}, models)
-    gate = Stage("gate", 1, config.gate, GateDecision, shop.decide, seed,
-                 {"offline": offline, "style": style, "reward": reward})
-    release = Stage("release", 1, config.experiment, BankSummary, shop.release, seed,
-                    {"model": rl, "prompts": curate, "gate": gate, "window": window}, models)
-    live = Stage("live", 1, config.world or Section(), LiveSummary, shop.live, seed, {"bank": release})
-    experiment = Stage("experiment", 1, config.experiment, ExperimentSummary, shop.analyse, seed,
-                       {"live": live, "bank": release})
+    offline = stage("offline", config.offline, OfflineSummary, shop.evaluate_offline, {"model": rl, **fresh})
+    watched: Inputs = {
+        "pairs": annotate,
+        "selected": rejection,
+        "sft": sft,
+        "dpo": dpo,
+        "replies": offline,
+        "prompts": curate,
+    }
+    style = stage("style", config.style, StyleSummary, shop.watch_style, watched)
+    evidence: Inputs = {"offline": offline, "style": style, "reward": reward}
+    gate = stage("gate", config.gate, GateDecision, shop.decide, evidence)
+    allowed: Inputs = {"model": rl, "prompts": curate, "gate": gate, "window": window}
+    release = stage("release", config.experiment, BankSummary, shop.release, allowed)
+    live = stage("live", config.world or nothing, LiveSummary, shop.live, {"bank": release})
+    lived: Inputs = {"live": live, "bank": release}
+    experiment = stage("experiment", config.experiment, ExperimentSummary, shop.analyse, lived)
     return (window, traffic, curate, annotate, reward, rejection, sft, dpo, rl, offline, style, gate,
             release, live, experiment)  # fmt: skip
 

@@ -47,7 +47,7 @@ class Rule(Record):
         if self.kind == "max_words" and self.number is None:
             raise ValueError("max_words needs a number, e.g. number = 25")
         if self.kind in ("must_mention", "never_mention", "calls_user", "speaks_of_itself_as") and not self.words:
-            raise ValueError(f"{self.kind} needs words, e.g. words = [\"captain\"]")
+            raise ValueError(f'{self.kind} needs words, e.g. words = ["captain"]')
         if not all(word.strip() == word and word for word in self.words):
             raise ValueError(f"words {self.words!r} must not be empty or have spaces around them")
         return self

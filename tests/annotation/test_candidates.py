@@ -8,10 +8,12 @@ from annotation_fixture import Writer, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from characterflywheel.annotation import candidates
 from characterflywheel.annotation.candidates import HINTS, RewritePolicy, divide, draw
 from characterflywheel.config import AnnotateConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.base import Completion, Sampling
+from characterflywheel.pipeline import Work
 
 PROMPTS = prompts(40)
 
@@ -33,7 +35,7 @@ def test_candidates_name_their_policy_and_progress_ends_at_the_total(tmp_path: P
     model = Writer("base")
     seen = []
     pool = {"base": model, "rewrite": RewritePolicy(model)}
-    drawn = draw(PROMPTS, pool, AnnotateConfig(), 1, tmp_path, lambda done, total: seen.append((done, total)))
+    drawn = draw(PROMPTS, pool, AnnotateConfig(), Work(tmp_path, 1), lambda done, total: seen.append((done, total)))
     assert Counter(c.policy for c in drawn.kept) == {"base": 80, "rewrite": 80}
     assert seen[-1] == (160, 160)
     assert not drawn.dropped
@@ -50,12 +52,13 @@ def test_rewrite_policy_adds_a_hint_after_the_character() -> None:
     assert {said.rpartition("\n")[2] for said in model.seen} == set(HINTS)
 
 
-def test_resumes_without_drawing_again(tmp_path: Path) -> None:
+def test_resumes_without_drawing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "CHUNK", 32)
     pool = {"a": Writer("a"), "b": Writer("b")}
-    first = draw(PROMPTS, pool, AnnotateConfig(), 1, tmp_path)
-    sorted(tmp_path.iterdir())[0].unlink()
+    first = draw(PROMPTS, pool, AnnotateConfig(), Work(tmp_path, 1))
+    sorted((tmp_path / ".partial").iterdir())[0].unlink()
     again = {"a": Writer("a"), "b": Writer("b")}
-    assert draw(PROMPTS, again, AnnotateConfig(), 1, tmp_path) == first
+    assert draw(PROMPTS, again, AnnotateConfig(), Work(tmp_path, 1)) == first
     assert 0 < again["a"].calls + again["b"].calls <= 32
 
 
@@ -66,11 +69,11 @@ def test_empty_and_repeated_replies_are_dropped(tmp_path: Path) -> None:
             return [[Completion(text, (1,), (-1.0,), "stop") for text in texts] for _ in conversations]
 
     pool = {"a": Writer("a"), "parrot": Parrot("parrot")}
-    drawn = draw(PROMPTS[:2], pool, AnnotateConfig(candidates=6), 1, tmp_path)
+    drawn = draw(PROMPTS[:2], pool, AnnotateConfig(candidates=6), Work(tmp_path, 1))
     assert Counter(row.reason for row in drawn.dropped) == {"duplicate": 2, "empty": 2}
     assert len(drawn.kept) == 8
 
 
 def test_one_policy_is_no_pool(tmp_path: Path) -> None:
     with pytest.raises(FlywheelError, match="at least 2"):
-        draw(PROMPTS, {"a": Writer("a")}, AnnotateConfig(), 1, tmp_path)
+        draw(PROMPTS, {"a": Writer("a")}, AnnotateConfig(), Work(tmp_path, 1))

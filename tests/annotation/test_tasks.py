@@ -10,6 +10,7 @@ from characterflywheel.annotation.candidates import draw
 from characterflywheel.annotation.tasks import HIDDEN, check_judgements, choose, make_tasks
 from characterflywheel.config import AnnotateConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.pipeline import Work
 from characterflywheel.records import Task
 
 PROMPTS = prompts(20)
@@ -18,7 +19,7 @@ ANNOTATORS = [f"annotator-{k}" for k in range(5)]
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> list[Task]:
-    drawn = draw(PROMPTS, {"a": Writer("a"), "b": Writer("b")}, AnnotateConfig(), 1, tmp_path)
+    drawn = draw(PROMPTS, {"a": Writer("a"), "b": Writer("b")}, AnnotateConfig(), Work(tmp_path, 1))
     return make_tasks(PROMPTS, drawn.kept, CHARACTERS, 2, ANNOTATORS, 1)
 
 

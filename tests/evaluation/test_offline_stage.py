@@ -8,6 +8,7 @@ from evaluation_fixture import CHARACTER, Scripted, WarmthJudge, prompt
 from characterflywheel import tables
 from characterflywheel.config import OfflineConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.evaluation import stage
 from characterflywheel.evaluation.stage import OfflineSummary, Reply, evaluate_offline
 from characterflywheel.ledger import Sample
 from characterflywheel.pipeline import Work
@@ -67,7 +68,8 @@ def test_rows_and_samples(tmp_path: Path) -> None:
     assert all(message.role != "system" for sample in samples for message in sample.history)
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "BATCH", 16)
     whole = _evaluate(tmp_path / "whole", Scripted("new", _warm))
     calls = 0
 

@@ -10,6 +10,7 @@ from experiment_exports import START, Events, crowd
 from characterflywheel import tables
 from characterflywheel.config import ExperimentConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.experiment import stage
 from characterflywheel.experiment.analysis import Lift
 from characterflywheel.experiment.metrics import DayRow
 from characterflywheel.experiment.stage import ArmRow, BankSummary, ExperimentSummary, analyse, load_bank, make_bank
@@ -83,7 +84,8 @@ def test_bank_round_trip(tmp_path: Path) -> None:
     assert len(set(ids)) == 72
 
 
-def test_killed_bank_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_bank_goes_on_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "CONTEXTS_A_CHUNK", 8)
     bank(tmp_path / "whole", Parrot("old"), Parrot("new"))
     with pytest.raises(KeyboardInterrupt):
         bank(tmp_path / "killed", Parrot("old"), Parrot("new", fail_at=2))

@@ -6,19 +6,19 @@ it was and draws the same text: how prompts are grouped can change a sampled tok
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
-from .. import ids, tables
+from .. import ids
 from ..config import AnnotateConfig
 from ..errors import FlywheelError
 from ..llm.base import ChatModel, Completion, Sampling
-from ..pipeline import write_atomically
+from ..pipeline import Work
 from ..progress import Advance
 from ..records import Candidate, ChatMessage, Dropped, Prompt
 
 STAGE = "annotate"
-CHUNK = 32
+CHUNK = 64
 HINTS = (
     "Reply in one or two short sentences, then ask a question about what the user just said.",
     "Reply warmly and plainly, in at most 20 words, and react to a detail of the user's message.",
@@ -83,8 +83,7 @@ def draw(
     prompts: Sequence[Prompt],
     pool: Mapping[str, ChatModel],
     config: AnnotateConfig,
-    seed: int,
-    partial: Path,
+    work: Work,
     on_progress: Advance = lambda done, total: None,
 ) -> Drawn:
     """`config.candidates` replies to each prompt, spread evenly over the pool; empty and repeated ones are dropped.
@@ -102,13 +101,10 @@ def draw(
         for number, start in enumerate(range(0, len(share.prompts), CHUNK)):
             chunk = Share(share.policy, share.n, share.prompts[start : start + CHUNK])
             place = ids.derive_id(
-                "chunk", seed, share.policy, share.n, number, sampling, *(p.id for p in chunk.prompts)
+                "chunk", work.seed, share.policy, share.n, number, sampling, *(p.id for p in chunk.prompts)
             )
-            file = partial / f"candidates-{place}.jsonl"
-            if not file.exists():
-                rows = _sample(chunk, pool[share.policy], sampling, seed)
-                write_atomically(file, "".join(row.model_dump_json() + "\n" for row in rows))
-            drawn += tables.read_jsonl(file, Candidate)
+            sample = partial(_sample, chunk, pool[share.policy], sampling, work.seed)
+            drawn += work.resumed(f"candidates-{place}", Candidate, sample)
             done += share.n * len(chunk.prompts)
             on_progress(done, total)
     return _distinct(drawn, [p.id for p in prompts])

@@ -59,7 +59,7 @@ def annotate(
     chosen = choose([prompt for prompt in prompts if prompt.split == "annotate"], config.prompts, work.seed)
     if not chosen:
         raise FlywheelError(f"none of {len(prompts)} prompts is for annotation: more traffic is needed.")
-    drawn = draw(chosen, pool, config, work.seed, work.partial, on_progress)
+    drawn = draw(chosen, pool, config, work, on_progress)
     tasks = make_tasks(chosen, drawn.kept, characters, config.reviewers, annotators, work.seed)
     judgements = check_judgements(tasks, people.judge(tasks))
     reviewed = [

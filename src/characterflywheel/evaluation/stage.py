@@ -6,6 +6,7 @@ Writes `replies.parquet` (one row a prompt and model, with score, metrics that h
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..ids import derive_seed
 from ..instructions import violations
 from ..ledger import Compared, JudgedWinRate, Sample, SampleReply, Steerability, WinRates
 from ..llm.base import ChatModel, Sampling
-from ..pipeline import Work, write_atomically
+from ..pipeline import Work
 from ..records import Character, Estimate, Prompt, Record, Source
 from ..safety import SafetyPolicy
 from . import production
@@ -27,7 +28,7 @@ from .side_by_side import Policy, choose
 from .steerability import steerability
 from .win_rate import Judges, length_controlled, win_rate, wins
 
-BATCH = 16
+BATCH = 48
 SAMPLES = 10
 
 
@@ -170,11 +171,8 @@ def _draw(
     drawn: dict[Policy, list[_Drawn]] = {policy: [] for policy in models}
     for policy, model in models.items():
         for start in range(0, len(prompts), BATCH):
-            path = work.partial / f"{policy}-{start:06d}.jsonl"
-            if not path.exists():
-                rows = _complete(model, prompts[start : start + BATCH], sampling, work.seed)
-                write_atomically(path, "".join(row.model_dump_json() + "\n" for row in rows))
-            drawn[policy] += tables.read_jsonl(path, _Drawn)
+            draw = partial(_complete, model, prompts[start : start + BATCH], sampling, work.seed)
+            drawn[policy] += work.resumed(f"{policy}-{start:06d}", _Drawn, draw)
             on_progress(sum(map(len, drawn.values())), len(models) * len(prompts))
     return drawn
 

@@ -6,6 +6,7 @@ production users, with replies that both models really generated for them. Live 
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ from .assignment import CONTROL, TREATMENT
 from .moments import Moments
 
 ARMS: Final = (CONTROL, TREATMENT)
-CONTEXTS_A_CHUNK: Final = 8
+CONTEXTS_A_CHUNK: Final = 48
 
 
 class BankHeader(Record):
@@ -132,11 +133,8 @@ def make_bank(
     for arm, model in models.items():
         for begin in range(0, len(contexts), CONTEXTS_A_CHUNK):
             chunk = contexts[begin : begin + CONTEXTS_A_CHUNK]
-            kept = work.partial / f"{arm}-{begin:05}.jsonl"
-            if not kept.exists():
-                drawn = _draw(model, arm, chunk, config, work.seed)
-                write_atomically(kept, "".join(reply.model_dump_json() + "\n" for reply in drawn))
-            replies[arm] += tables.read_jsonl(kept, Candidate)
+            draw = partial(_draw, model, arm, chunk, config, work.seed)
+            replies[arm] += work.resumed(f"{arm}-{begin:05}", Candidate, draw)
             on_progress(sum(map(len, replies.values())), total)
     header = BankHeader(
         experiment=name, models={arm: model.name for arm, model in models.items()},

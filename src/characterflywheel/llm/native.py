@@ -19,6 +19,7 @@ from .base import Completion, Sampling
 from .chat_format import ChatFormat
 from .shared_prefix import Segment, check_family, finish_layer, hidden_states, plant, project
 
+BLOCK = 128
 NUCLEUS = 256  # a top-p nucleus is looked for among this many most likely tokens
 
 
@@ -255,9 +256,18 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
 
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Index i with probability weights[i] / sum; never an index of weight zero."""
-    cumulative = weights.cumsum(-1)
-    target = (uniforms * cumulative[:, -1]).unsqueeze(1)
-    index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    last = (weights > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(index, last)
+    """Index i with probability weights[i] / sum, never one of weight zero.
+
+    Looks for the block first and then inside it, as a running sum over a whole vocabulary is slow.
+    """
+    rows, size = weights.shape
+    blocks = torch.nn.functional.pad(weights, (0, -size % BLOCK)).view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).cumsum(-1)
+    target = (uniforms * sums[:, -1]).unsqueeze(1)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(rows, device=weights.device), block.squeeze(1)].cumsum(-1)
+    offset = torch.searchsorted(inside, target - before, right=True).clamp(max=BLOCK - 1)
+    index = (block * BLOCK + offset).clamp(max=size - 1).squeeze(1)
+    missed = weights.gather(1, index.unsqueeze(1)).squeeze(1) == 0  # by the last bit of a sum
+    return torch.where(missed, weights.argmax(-1), index) if bool(missed.any()) else index

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..errors import FlywheelError
 
+PLAIN_ROWS = 512  # on a CPU, trees up to here attend by plain products: backward is a quarter faster than flash
 FAMILY = ("llama", "mistral", "qwen2")
 
 Segment = tuple[int, ...]
@@ -152,6 +153,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention within a tree: (n, heads, size) queries, (n, kv heads, size) keys and values -> (n, heads * size)."""
+    n, heads, size = q.shape
+    if q.is_cpu and n <= PLAIN_ROWS:
+        kv = k.shape[1]
+        grouped = (q * size**-0.5).view(n, kv, -1, size).permute(1, 2, 0, 3).reshape(kv, -1, size)
+        scores = (grouped @ k.permute(1, 2, 0)).float().view(kv, -1, n, n).masked_fill(~mask, float("-inf"))
+        weights = torch.softmax(scores, dim=-1).to(v.dtype).view(kv, -1, n)
+        return (weights @ v.transpose(0, 1)).view(heads, n, size).transpose(0, 1).flatten(1)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1).flatten(1)

@@ -21,7 +21,7 @@ from ..llm.shared_prefix import Path as TokenPath
 
 T = TypeVar("T")
 CHECKPOINT_SECONDS = 60.0
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 1536
 
 
 class Learner:

@@ -17,7 +17,7 @@ from ..progress import Advance
 from ..records import Candidate, ChatMessage, Dropped, Example, Prompt, Record
 from ..safety.policy import SafetyPolicy
 
-PROMPTS_A_CHUNK = 16
+PROMPTS_A_CHUNK = 32
 
 
 class Judge(Protocol):
