@@ -58,9 +58,9 @@ class CurateConfig(Section):
     min_letters: int = Field(2, ge=1, description="a user's message with fewer letters is no prompt")
     clusters: int = Field(12, ge=1)
     keep_share: float = Field(0.8, gt=0, le=1, description="share kept within a cluster")
-    annotate_share: float = Field(0.34, gt=0, lt=1)
-    train_share: float = Field(0.28, gt=0, lt=1)
-    evaluate_share: float = Field(0.24, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
+    annotate_share: float = Field(0.3, gt=0, lt=1)
+    train_share: float = Field(0.27, gt=0, lt=1)
+    evaluate_share: float = Field(0.22, gt=0, lt=1, description="the rest is the experiment's bank of contexts")
 
     @model_validator(mode="after")
     def _leaves_contexts_for_the_experiment(self) -> Self:
