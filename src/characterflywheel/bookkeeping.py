@@ -68,7 +68,7 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
         ),
         experiment=_experiment(shop, done, test) if test else None,
         verdict=test.verdict if test else None,
-        verdict_reason=test.reason if test else "the gate let no user meet this model",
+        verdict_reason=test.reason if test else _untested(shop, decision),
         truth=truth,
         samples=f"artifacts/{stages['offline']}/{offline.samples}",
         seconds={name: artifact.record.seconds for name, artifact in done.items()},
@@ -76,12 +76,19 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
     )
 
 
+def _untested(shop: Workshop, decision: GateDecision) -> str:
+    if decision.decision == "reject" or (shop.config.gate.held == "stop" and decision.decision == "hold"):
+        return "the gate let no user meet this model"
+    return "an experiment with real users needs the chat service, which this version does not have"
+
+
 def _kept(done: Mapping[str, Artifact[Any]]) -> tuple[Sieve, ...]:
     traffic: TrafficSummary = done["traffic"].summary
     curated: CurateSummary = done["curate"].summary
     annotated: AnnotateSummary = done["annotate"].summary
     selected: RejectionSummary = done["rejection_sampling"].summary
-    pair_reasons = annotated.reasons
+    others = ("duplicate", "empty", "too_few_candidates")  # of candidates and prompts, not of pairs
+    pair_reasons = {reason: n for reason, n in annotated.reasons.items() if reason not in others}
     return (
         Sieve(stage="traffic", what="conversations", taken=traffic.conversations, kept=traffic.conversations),
         Sieve(stage="curate", what="prompts", taken=curated.turns, kept=curated.kept, dropped=curated.reasons),
@@ -105,7 +112,11 @@ def _training(done: Mapping[str, Artifact[Any]]) -> dict[str, Training]:
         "sft": Training(examples=sft.examples, steps=sft.steps, first=sft.first_loss, last=sft.last_loss),
         "dpo": Training(examples=dpo.pairs, steps=dpo.steps, first=dpo.first_loss, last=dpo.last_loss),
         "rl": Training(
-            examples=rl.rollouts, steps=rl.steps, measure="reward", first=rl.first_reward, last=rl.last_reward
+            examples=rl.rollouts,
+            steps=rl.steps,
+            measure="reward, each step its own prompts",
+            first=rl.first_reward,
+            last=rl.last_reward,
         ),
     }
 

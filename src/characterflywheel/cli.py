@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FlywheelError as error:
         sys.stderr.write(f"flywheel: {error}\n")
         sys.exit(1)
+    except OSError as error:  # a full disk, a missing permission
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"flywheel: {error.strerror or error}{where}: mend it and give the command again.\n")
+        sys.exit(1)
     except Waiting as waiting:
         sys.stderr.write(f"waiting: {waiting}\n")
         sys.exit(3)

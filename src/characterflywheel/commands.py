@@ -86,7 +86,10 @@ def oracle_of(people: "People") -> "Callable[[Bank], ledger.Truth] | None":
 
     def truth(bank: "Bank") -> ledger.Truth:
         lift = people.true_lift(bank)
-        note = f"over {lift.n:,} simulated people who lived through both arms"
+        note = (
+            f"for this bank of {len(bank.contexts)} contexts, over {lift.n:,} simulated people who lived through both "
+            "arms; other contexts would give other lifts"
+        )
         return ledger.Truth(breadth_lift=lift.breadth, depth_lift=lift.depth, note=note)
 
     return truth

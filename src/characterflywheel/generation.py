@@ -64,7 +64,7 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     annotate = stage("annotate", config.annotate, AnnotateSummary, shop.annotate, {"prompts": curate})
 
     # Pre-herding: reward models interpolate what people preferred; the best of n replies become examples.
-    learned: Inputs = {"pairs": annotate, "traffic": traffic}
+    learned: Inputs = {"pairs": annotate, "traffic": traffic, "prompts": curate}
     reward = stage("reward", config.reward, RewardSummary, shop.train_rewards, learned)
     fresh: Inputs = {"prompts": curate, "judge": reward}
     rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh)
@@ -125,16 +125,21 @@ def turn(
     bank = shop.bank(done["release"]) if "experiment" in done else None
     truth = oracle(bank) if bank and oracle else None
     row = bookkeeping.row(number, shop, done, truth)
-    ledger.append(workspace.ledger, row)
-    if row.verdict == "promote":
+    if row.verdict == "promote":  # before the ledger, whose row ends the generation: a kill between repeats this
         moment = done["window"].summary.starts + 2 * WEEK
         registry.promote(workspace.registry, release_of(workspace, row), row.verdict_reason, moment)
+    ledger.append(workspace.ledger, row)
     announce("verdict", f"{row.verdict or 'no experiment'}: {row.verdict_reason}")
     return row
 
 
 def may_meet_users(config: FlywheelConfig, decision: str) -> bool:
-    """A model that ships does; one that is held does where `gate.held` says that users decide; a rejected one never."""
+    """A model that ships does; one that is held does where `gate.held` says that users decide; a rejected one never.
+
+    Real users need the chat service to assign them to arms, which comes with a later version.
+    """
+    if config.world is None:
+        return False
     return decision == "ship" or (decision == "hold" and config.gate.held == "experiment")
 
 

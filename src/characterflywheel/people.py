@@ -94,4 +94,4 @@ class RealPeople:
         return [judged[task.id] for task in tasks]
 
     def live(self, bank: Bank) -> None:
-        raise Waiting(f"experiment {bank.experiment} runs until day {bank.days}; run again when it is over.")
+        raise Waiting(f"experiment {bank.experiment} needs the chat service, which this version does not have.")

@@ -8,7 +8,7 @@ reach everything derived.
 from datetime import datetime
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 Source = Literal["internal", "user"]
 Role = Literal["system", "user", "assistant"]
@@ -253,3 +253,14 @@ class Estimate(Record):
     high: float | None = None
     n: int
     reason: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """`low` and `high` together, for those who read the JSON."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _interval_is_derived(cls, data: object) -> object:
+        return {k: v for k, v in data.items() if k != "interval"} if isinstance(data, dict) else data

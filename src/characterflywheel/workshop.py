@@ -16,7 +16,7 @@ from .annotation.stage import AnnotateSummary, annotate
 from .characters import load_characters
 from .config import FlywheelConfig
 from .curation.stage import CurateSummary, curate
-from .errors import FlywheelError
+from .errors import FlywheelError, Waiting
 from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
 from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank
 from .llm.base import ChatModel, Sampling
@@ -25,7 +25,7 @@ from .llm.encoder import Encoder
 from .llm.models import base_model_folder, encoder_folder
 from .llm.native import NativeModel
 from .people import Bank, People
-from .pipeline import Artifact, Runner, Work
+from .pipeline import Artifact, Runner, Work, write_atomically
 from .progress import announce, progress
 from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Signal, User
 from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
@@ -142,6 +142,11 @@ class Workshop:
         return load_characters(self.workspace.characters)
 
     @cached_property
+    def known_characters(self) -> dict[str, Character]:
+        """The folder's characters, and those that imported conversations brought along."""
+        return self.store.characters() | self.characters
+
+    @cached_property
     def characters_identity(self) -> str:
         """A hash over every character, since each one's text is in the prompts."""
         text = json.dumps([c.model_dump(mode="json") for c in self.characters.values()], sort_keys=True)
@@ -204,12 +209,16 @@ class Workshop:
             record = json.loads((self.workspace.artifacts / self.previous / "artifact.json").read_text("utf-8"))
             after = Position.model_validate(record["summary"]["until"])
         sampling = Sampling(temperature=self.config.serving.temperature, max_tokens=self.config.serving.max_tokens)
+        self._claim(work)
         service = ChatService(
             self.store, {self.parent.name: self.parent_model}, self.parent.name, self.safety, sampling, work.seed
         )
         approved = [c for c in self.characters.values() if c.safety == "approved"]
         self.people.talk(service, approved, self.number, starts)
-        return WindowSummary(after=after, until=self.store.position(), starts=starts)
+        until = self.store.position()
+        if until.messages == after.messages:
+            raise Waiting("no message has come in since the last window: serve or import traffic, then run again.")
+        return WindowSummary(after=after, until=until, starts=starts)
 
     def export_traffic(self, work: Work) -> TrafficSummary:
         window: WindowSummary = work.inputs["window"].summary
@@ -227,7 +236,7 @@ class Workshop:
         )  # fmt: skip
 
     def curate(self, work: Work) -> CurateSummary:
-        return curate(work, self.config.curate, work.inputs["traffic"].folder, self.encoder, self.characters)
+        return curate(work, self.config.curate, work.inputs["traffic"].folder, self.encoder, self.known_characters)
 
     def annotate(self, work: Work) -> AnnotateSummary:
         """Alternatives from the pool, judged and ranked by annotators, become preference pairs and rewrites."""
@@ -235,17 +244,20 @@ class Workshop:
         reviewers = [f"annotator-{i + 1}" for i in range(world.annotators if world else config.reviewers)]
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
         with progress("annotate") as advance:
-            return annotate(work, config, prompts, self.pool(), self.characters, self.people, reviewers, advance)
+            return annotate(work, config, prompts, self.pool(), self.known_characters, self.people, reviewers, advance)
 
     # Pre-herding
 
     def train_rewards(self, work: Work) -> RewardSummary:
         self._models.clear()
         traffic = work.inputs["traffic"].folder
+        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+        judged_on = {p.user_id for p in prompts if p.split in ("evaluate", "experiment")}
+        conversations = [c for c in conversations_from_export(traffic) if c.user_id not in judged_on]
         with progress("reward") as advance:
             return train_rewards(
                 work, self.config.reward, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
-                conversations_from_export(traffic), tables.read(traffic / "signals.parquet", Signal),
+                conversations, tables.read(traffic / "signals.parquet", Signal),
                 self.parent_folder, self.encoder, threads=self.threads, device=self.device, on_progress=advance,
             )  # fmt: skip
 
@@ -298,7 +310,7 @@ class Workshop:
         with progress("offline") as advance:
             return evaluate_offline(
                 work, self.config.offline, prompts, self.parent_model, new, self.rewards(work.inputs["judge"]),
-                self.characters, advance, self.safety,
+                self.known_characters, advance, self.safety,
             )  # fmt: skip
 
     def watch_style(self, work: Work) -> StyleSummary:
@@ -349,13 +361,15 @@ class Workshop:
         with progress("release") as advance:
             return make_bank(
                 work, self.config.experiment, f"{self.model_name}-against-{self.parent.name}",
-                self._split(work, "experiment"), self.parent_model, new, self.characters, window.starts + WEEK, advance,
+                self._split(work, "experiment"), self.parent_model, new, self.known_characters, window.starts + WEEK,
+                advance,
             )  # fmt: skip
 
     def bank(self, artifact: Artifact[BankSummary]) -> Bank:
-        return load_bank(artifact.folder, self.characters)
+        return load_bank(artifact.folder, self.known_characters)
 
     def live(self, work: Work) -> LiveSummary:
+        self._claim(work)
         self.people.live(self.bank(work.inputs["bank"]))
         return LiveSummary(until=self.store.position())
 
@@ -366,6 +380,25 @@ class Workshop:
         nothing = Position(messages=0, signals=0, exposures=0)
         self.store.export(export, nothing, live.until, consenting_only=False)
         return analyse(work, self.config.experiment, bank.experiment, export)
+
+    def _claim(self, work: Work) -> None:
+        """Events cannot be taken back, so a simulated week is lived under one configuration only.
+
+        Raises:
+            FlywheelError: this generation's week has begun under another one.
+        """
+        if self.config.world is None:
+            return
+        stage = work.folder.name.rpartition("-")[0]
+        file = self.workspace.artifacts / "weeks.json"
+        weeks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        begun = weeks.setdefault(f"{stage}-{self.number}", work.folder.name)
+        if begun != work.folder.name:
+            raise FlywheelError(
+                f"the events of generation {self.number}'s {stage} were made under another configuration ({begun}), "
+                "and events are never taken back: restore that configuration, or start in a new workspace."
+            )
+        write_atomically(file, json.dumps(weeks, indent=1) + "\n")
 
     def _split(self, work: Work, split: str) -> list[Prompt]:
         return [p for p in tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt) if p.split == split]

@@ -161,17 +161,17 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth(tiny_folder: Path) -> N
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
-def test_a_saved_model_is_the_trained_one_in_bfloat16(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_trained_one_in_float32(tiny_folder: Path, tmp_path: Path) -> None:
     mine = learner(tiny_folder)
     take_step(mine, 0)
     mine.save(tmp_path / "model")
     saved = weights(tmp_path / "model")
     assert "lm_head.weight" not in saved, "tied to the embedding, so stored once"
     for name, value in saved.items():
-        assert value.dtype == torch.bfloat16
-        assert torch.equal(value, mine.model.state_dict()[name].to(torch.bfloat16))
+        assert value.dtype == torch.float32
+        assert torch.equal(value, mine.model.state_dict()[name])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == torch.float32
     assert torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.chat_template == mine.tokenizer.chat_template

@@ -65,7 +65,8 @@ def make_pairs(reviewed: Sequence[Reviewed], config: AnnotateConfig, seed: int) 
                 dropped.append(Dropped(id=choice.id, stage=STAGE, reason=reason, detail=detail))
             else:
                 kept.append(_preference(choice, one.prompt, one.prompt.user_id in held_out))
-        rewrites += _examples(one)
+        if one.prompt.user_id not in held_out:
+            rewrites += _examples(one)
     return Pairs(tuple(kept), tuple(dropped), tuple(rewrites))
 
 

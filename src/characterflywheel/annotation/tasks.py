@@ -61,7 +61,7 @@ def make_tasks(
             rng.shuffle(order)
             tasks.append(
                 Task(
-                    id=ids.derive_id("task", seed, prompt.id, reviewer, at=prompt.created_at),
+                    id=ids.derive_id("task", seed, prompt.id, reviewer, *(c.text for c in order), at=prompt.created_at),
                     kind="steerability" if prompt.source == "internal" else "static",
                     prompt_id=prompt.id,
                     character=characters[prompt.character_id],

@@ -57,7 +57,7 @@ class SignalReport(Record):
 
 
 def collect(conversations: Sequence[Conversation], signals: Sequence[Signal], kinds: Sequence[str]) -> list[Reply]:
-    """Every reply whose outcome is known, with its labels in the order of `kinds`; None where unknown.
+    """Every reply whose outcome is known, with its labels in the order of `kinds`.
 
     An outcome is known once a `continue` row says that the user wrote again (1) or left (0); a conversation that was
     cut short by its cap has none. Of a reply with a known outcome, an act that did not happen is a 0.
@@ -70,9 +70,9 @@ def collect(conversations: Sequence[Conversation], signals: Sequence[Signal], ki
         history: list[ChatMessage] = []
         for message in conversation.messages:
             known = acts.get(message.id, {})
-            if message.role == "assistant" and known and not message.fallback:
-                default = 0.0 if "continue" in known else None
-                labels = tuple(known.get(kind, None if kind == "continue" else default) for kind in kinds)
+            # without a known outcome an act would be known only where it happened
+            if message.role == "assistant" and "continue" in known and not message.fallback:
+                labels = tuple(known.get(kind, 0.0) for kind in kinds)
                 replies.append(Reply(conversation.user_id, tuple(history), message.content, labels))
             if message.role != "system":
                 history.append(ChatMessage(role=message.role, content=message.content))
@@ -181,16 +181,29 @@ def choose_penalty(x: Floats, y: Floats, groups: Sequence[str], seed: int, count
     return min(PENALTIES, key=held_out_loss)
 
 
-def cross_fit(x: Floats, y: Floats, groups: Sequence[str], seed: int, count: int = 5) -> Floats:
-    """Log-odds for every row from a model, penalty included, that never saw the row's group. Needs `count` groups."""
+class HeldOut(NamedTuple):
+    """For every row, from a model that never saw its group: log-odds, and the same without the model's own offset.
+
+    Models of different folds have different offsets, lower where more positives were held out: rows of several folds
+    are ranked by `ranks`, or the offsets would rank them the wrong way round.
+    """
+
+    logits: Floats
+    ranks: Floats
+
+
+def cross_fit(x: Floats, y: Floats, groups: Sequence[str], seed: int, count: int = 5) -> HeldOut:
+    """Predictions for every row by cross-fitting over groups, penalty included. Needs `count` groups."""
     fold = folds(groups, count, derive_seed(seed, "outer"))
-    out = np.zeros_like(y)
+    logits, ranks = np.zeros_like(y), np.zeros_like(y)
     for k in range(count):
         here = fold == k
         others = [g for g, inside in zip(groups, here, strict=True) if not inside]
         penalty = choose_penalty(x[~here], y[~here], others, derive_seed(seed, "inner", k))
-        out[here] = fit(x[~here], y[~here], penalty).logits(x[here])
-    return out
+        weights = fit(x[~here], y[~here], penalty)
+        logits[here] = weights.logits(x[here])
+        ranks[here] = logits[here] - weights.offset
+    return HeldOut(logits, ranks)
 
 
 def temperature(logits: Floats, labels: Floats) -> float:
@@ -236,8 +249,10 @@ class SignalModels:
         temperatures = []
         for column, i in enumerate(kept):
             known = ~np.isnan(y[:, column])
-            label, logit = y[known, column], held_out[known, column]
-            auc = auc_by_group(label, logit, [u for u, k in zip(users, known, strict=True) if k], seed=seed)
+            label, logit = y[known, column], held_out.logits[known, column]
+            auc = auc_by_group(
+                label, held_out.ranks[known, column], [u for u, k in zip(users, known, strict=True) if k], seed=seed
+            )
             temperatures.append(temperature(logit, label))
             reports[kinds[i]] = SignalReport(
                 auc=auc, positive_share=_mean(label), temperature=temperatures[-1],

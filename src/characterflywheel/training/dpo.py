@@ -1,5 +1,6 @@
 """Direct preference optimisation on a small set: an off-policy, local patch (PAPER section 4)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from ..config import DPOConfig
 from ..errors import FlywheelError
+from ..ids import derive_seed
 from ..llm.shared_prefix import Path as TokenPath
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
@@ -18,20 +20,19 @@ from .sft import write_metrics
 
 
 class DPOSummary(Record):
-    """What DPO did; accuracy is how often the implicit reward ranks a training pair right, first and last step."""
+    """What DPO did; accuracy is how often the implicit reward ranks a pair of the last step right, before that step."""
 
     steps: int
     pairs: int
     trained_tokens: int
     first_loss: float
     last_loss: float
-    first_accuracy: float
     last_accuracy: float
 
     def line(self) -> str:
         return (
             f"{self.steps} steps on {self.pairs} pairs, loss {self.first_loss:.3f} to {self.last_loss:.3f}, "
-            f"pairs ranked right {self.first_accuracy:.0%} to {self.last_accuracy:.0%}"
+            f"{self.last_accuracy:.0%} of the last step's pairs ranked right"
         )
 
 
@@ -45,10 +46,9 @@ def train_dpo(
     replies. Writes `model/` and `metrics.jsonl`.
     """
     usable = [p for p in preferences if not p.held_out]
-    pairs = sorted(usable, key=lambda p: (-p.label, -p.reviewers, p.id))[: config.pairs]
+    pairs = choose_pairs(usable, config.pairs, work.seed)
     if not pairs:
         raise FlywheelError(f"none of {len(preferences)} preference pairs is for training: annotate more prompts.")
-    pairs.sort(key=lambda p: p.id)
     batches = [pairs[i : i + config.pairs_per_step] for i in range(0, len(pairs), config.pairs_per_step)]
     # The reference is the parent even when a checkpoint resumes, so it is computed before the learner is.
     reference_file = work.partial / "reference.pt"
@@ -58,6 +58,7 @@ def train_dpo(
         writing = reference_file.with_suffix(".writing")
         torch.save(torch.stack(sums), writing)
         writing.replace(reference_file)
+        del fresh
     reference = torch.load(reference_file, weights_only=True)
     place = {pair.id: row for pair, row in zip(pairs, reference, strict=True)}
     learner = _learner(config, parent, len(batches), threads, device, work.partial)
@@ -82,9 +83,21 @@ def train_dpo(
     first, last = learner.log[0], learner.log[-1]
     return DPOSummary(
         steps=len(batches), pairs=len(pairs), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
-        first_loss=first["loss"], last_loss=last["loss"], first_accuracy=first["accuracy"],
+        first_loss=first["loss"], last_loss=last["loss"], 
         last_accuracy=last["accuracy"],
     )  # fmt: skip
+
+
+def choose_pairs(pairs: Sequence[Preference], count: int, seed: int) -> list[Preference]:
+    """The pairs with the clearest labels, each prompt's first before any prompt's second; seeded among equals."""
+    ordered = sorted(pairs, key=lambda p: (-p.label, derive_seed(seed, p.id)))
+    taken = Counter[str]()
+    rounds = []
+    for pair in ordered:
+        rounds.append(taken[pair.prompt_id])
+        taken[pair.prompt_id] += 1
+    order = sorted(range(len(ordered)), key=lambda i: (rounds[i], i))
+    return [ordered[i] for i in order[:count]]
 
 
 def _learner(config: DPOConfig, parent: Path, steps: int, threads: int, device: str, partial: Path | None) -> Learner:

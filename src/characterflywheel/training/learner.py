@@ -116,14 +116,12 @@ class Learner:
         self.step, self.log = state["step"], state["log"]
 
     def save(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder in bfloat16, with its tokenizer and chat template."""
+        """Write the model as a Hugging Face folder with its tokenizer and chat template.
+
+        In float32: the next stage's steps are far smaller than bfloat16's spacing, and rounding would undo them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.to(torch.bfloat16).contiguous() for k, v in self.model.state_dict().items()}
-        if self.model.config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
-        self.model.save_pretrained(folder, state_dict=weights)
-        self.model.config.dtype = torch.bfloat16  # save_pretrained has named the master weights' float32
-        self.model.config.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
