@@ -11,7 +11,7 @@ from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Work
 from characterflywheel.records import Preference
 from characterflywheel.training import learner
-from characterflywheel.training.dpo import DPOSummary, train_dpo
+from characterflywheel.training.dpo import DPOSummary, choose_pairs, train_dpo
 
 CONFIG = DPOConfig(pairs=4, pairs_per_step=4, learning_rate=1e-3, beta=0.1)
 PAIRS = [
@@ -94,3 +94,13 @@ def test_a_kill_while_the_reference_is_written_costs_only_time(
         train(tmp_path / "killed", tiny_folder)
     monkeypatch.setattr(torch, "save", save)
     assert train(tmp_path / "killed", tiny_folder) == train(tmp_path / "whole", tiny_folder)
+
+
+def test_pairs_are_chosen_by_clarity_and_from_every_prompt_before_any_twice() -> None:
+    several = [pair(n % 5, f"good {n}", "bad", label=1.0 if n < 20 else 0.75).model_copy(update={"id": f"p{n:02}"})
+               for n in range(30)]  # fmt: skip
+    chosen = choose_pairs(several, 10, seed=1)
+    assert sorted(p.prompt_id for p in chosen[:5]) == [f"prompt-{n:02}" for n in range(5)]
+    assert all(p.label == 1.0 for p in chosen)
+    assert choose_pairs(several[::-1], 10, seed=1) == chosen
+    assert choose_pairs(several, 10, seed=2) != chosen
