@@ -54,7 +54,10 @@ def test_a_live_product_has_no_world(start: str, tmp_path: Path) -> None:
         ('[models]\nbackend = "magic"\n', "models.backend = 'magic'"),
         ('preset = "huge"\n', "preset 'huge' does not exist; there are quick, tiny"),
         ("[sft\n", "is not valid TOML"),
-        ("[curate]\nannotate_share = 0.6\n", r"annotate_share \+ train_share \+ evaluate_share == 1.1, must be < 1"),
+        (
+            "[curate]\nannotate_share = 0.6\ntrain_share = 0.3\nevaluate_share = 0.2\n",
+            r"annotate_share \+ train_share \+ evaluate_share == 1.1, must be < 1",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(text: str, says: str, tmp_path: Path) -> None:

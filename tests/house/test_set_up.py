@@ -69,9 +69,10 @@ def test_the_pins_are_what_is_installed_and_tested(name: str) -> None:
 
 
 def test_every_package_that_the_source_imports_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
     declared = {
-        re.split(r"[<>=!~\[; ]", line)[0].lower().replace("_", "-")
-        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        re.split(r"[<>=!~\[; ]", line)[0].lower().replace("_", "-") for line in [*project["dependencies"], *extras]
     }
     providers = importlib.metadata.packages_distributions()
     undeclared = set()
