@@ -123,6 +123,8 @@ def _training(done: Mapping[str, Artifact[Any]]) -> dict[str, Training]:
 
 def _experiment(shop: Workshop, done: Mapping[str, Artifact[Any]], test: ExperimentSummary) -> Experiment:
     bank = shop.bank(done["release"])
+    days = read(done["experiment"] / "daily.parquet", DayRow)
+    last = max((day.day for day in days if day.active_users), default=0)  # after it, windows are open but nobody comes
     return Experiment(
         name=test.experiment,
         control=bank.models["control"],
@@ -143,7 +145,8 @@ def _experiment(shop: Workshop, done: Mapping[str, Artifact[Any]], test: Experim
         ),
         daily=tuple(
             Day(day=day.day, arm=day.arm, users=day.users, active_users=day.active_users, messages=day.messages)
-            for day in read(done["experiment"] / "daily.parquet", DayRow)
+            for day in days
+            if day.day <= last
         ),
     )  # fmt: skip
 
