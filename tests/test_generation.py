@@ -114,6 +114,18 @@ def test_a_second_run_does_nothing_again_and_plan_shows_all_complete(undisturbed
     assert plan.count("complete") == len(before)
 
 
+def test_a_simulated_week_is_lived_under_one_configuration(
+    undisturbed: Path, small_model: Path, tmp_path: Path
+) -> None:
+    folder = workspace(tmp_path / "changed", small_model, seed=2)
+    (folder / "artifacts").mkdir()
+    for kept in ("flywheel.db", "artifacts/weeks.json"):
+        shutil.copy(undisturbed / kept, folder / kept)
+    run = flywheel("run", folder)
+    assert run.returncode == 1
+    assert "made under another configuration (window-" in run.stderr
+
+
 def killed_until_done(folder: Path, kills: int, seconds: float, seed: int) -> int:
     """Run, and `kill -9` after random moments; the run after the last kill may end. Returns how many were killed."""
     moments, killed = random.Random(seed), 0

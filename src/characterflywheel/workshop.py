@@ -8,7 +8,6 @@ import json
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from . import ledger, tables
 from .annotation.candidates import RewritePolicy
@@ -45,8 +44,6 @@ from .workspace import Workspace
 WORLD_BEGINS = datetime(2026, 1, 5, tzinfo=UTC)
 WEEK = timedelta(days=7)
 BACKENDS: dict[str, type[NativeModel | CTranslate2Model]] = {"native": NativeModel, "ctranslate2": CTranslate2Model}
-
-R = TypeVar("R", bound=Record)
 
 
 class Parent(Record):

@@ -24,11 +24,11 @@ import torch
 
 from ..errors import FlywheelError
 from ..ids import derive_seed
-from ..records import ChatMessage
-from .base import Completion, Sampling
+from .base import Sampling
 from .chat_format import ChatFormat
 from .models import cache_folder
 from .shared_prefix import Segment
+from .token_sampler import Drawn, TokenSampler
 
 LOGIT_BYTES = 2**28
 """Room for the logits of one batch; they are kept until its last token, (rows, max_tokens, vocabulary) float32."""
@@ -38,7 +38,7 @@ Precision = Literal["int8", "float32"]
 _SEEDING = threading.Lock()  # the seed is one for the whole process
 
 
-class CTranslate2Model:
+class CTranslate2Model(TokenSampler):
     """A chat model on CTranslate2 in int8 (`ChatModel` Protocol). It takes memory only during a call.
 
     The same call gives the same replies. Conversations of one call draw from one stream of random numbers, so the
@@ -66,20 +66,6 @@ class CTranslate2Model:
         ends = _end_tokens(folder)
         return cls(converted(folder, precision), tokenizer, name, precision=precision, ends=ends, **settings)
 
-    def complete(
-        self,
-        conversations: Sequence[Sequence[ChatMessage]],
-        *,
-        n: int = 1,
-        sampling: Sampling = Sampling(),
-        seeds: Sequence[int],
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
-        prompts = [self.format.prompt(c) for c in conversations]
-        drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
-        return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
-
     def sample(
         self,
         prompts: Sequence[tuple[Segment, Segment]],
@@ -88,11 +74,11 @@ class CTranslate2Model:
         sampling: Sampling,
         seeds: Sequence[int],
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[tuple[list[int], list[float]]]]:
+    ) -> list[list[Drawn]]:
         """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
-        results: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        results: list[list[Drawn]] = [[] for _ in prompts]
         if not prompts:
             return results
         with _SEEDING:
@@ -119,7 +105,7 @@ class CTranslate2Model:
 
     def _generate(
         self, generator: Any, prompts: Sequence[tuple[Segment, Segment]], n: int, sampling: Sampling
-    ) -> list[list[tuple[list[int], list[float]]]]:
+    ) -> list[list[Drawn]]:
         tokens, greedy = self.format.tokenizer.convert_ids_to_tokens, sampling.temperature == 0
         results = generator.generate_batch(
             [tokens(rest) for _, rest in prompts],

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import ChatMessage
-from .base import Completion, Sampling
+from .base import Sampling
 from .chat_format import ChatFormat
 from .shared_prefix import Segment, check_family, finish_layer, hidden_states, plant, project
+from .token_sampler import Drawn, TokenSampler
 
 BLOCK = 128
 NUCLEUS = 256  # a top-p nucleus is looked for among this many most likely tokens
@@ -48,7 +48,7 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
 
 
-class NativeModel:
+class NativeModel(TokenSampler):
     """A chat model on torch, CPU or GPU (`ChatModel` Protocol)."""
 
     def __init__(
@@ -63,20 +63,6 @@ class NativeModel:
         model, tokenizer = load_model(folder, fast_dtype(device), device)
         return cls(model, tokenizer, name, **settings)
 
-    def complete(
-        self,
-        conversations: Sequence[Sequence[ChatMessage]],
-        *,
-        n: int = 1,
-        sampling: Sampling = Sampling(),
-        seeds: Sequence[int],
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
-        prompts = [self.format.prompt(c) for c in conversations]
-        drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
-        return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
-
     def sample(
         self,
         prompts: Sequence[tuple[Segment, Segment]],
@@ -85,12 +71,12 @@ class NativeModel:
         sampling: Sampling,
         seeds: Sequence[int],
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[tuple[list[int], list[float]]]]:
+    ) -> list[list[Drawn]]:
         """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
         torch.set_num_threads(self.threads)
-        results: list[list[tuple[list[int], list[float]]]] = [[] for _ in prompts]
+        results: list[list[Drawn]] = [[] for _ in prompts]
         slots = max(1, self.batch_replies // n)
         order = sorted(range(len(prompts)), key=lambda i: (prompts[i], i))  # equal system prompts side by side
         waiting, finished = order[::-1], 0
@@ -162,7 +148,7 @@ class _Decoder:
             n = self.n
             self.running.append(_Slot(index, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n))
 
-    def step(self) -> list[tuple[int, list[tuple[list[int], list[float]]]]]:
+    def step(self) -> list[tuple[int, list[Drawn]]]:
         """Draw one token for every running reply; returns the prompts whose replies are all finished."""
         p = len(self.running)
         steps = self.step_of[:p].tolist()
