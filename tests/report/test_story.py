@@ -25,6 +25,13 @@ def test_headline(row: story.LedgerRow, tone: str, says: str) -> None:
     assert says in found.sentence
 
 
+def test_a_promotion_against_the_gate_says_so() -> None:
+    row = fixture.row()
+    held = row.model_copy(update={"gate": row.gate.model_copy(update={"decision": "hold"})})
+    assert not any("held" in detail for detail in story.headline(row).details)
+    assert any("The gate held V1 back" in detail for detail in story.headline(held).details)
+
+
 @settings(max_examples=60, deadline=None)
 @given(value=st.floats(-0.5, 0.5), half=st.floats(0.001, 0.5), what=st.sampled_from(["breadth", "depth"]))
 def test_a_lift_whose_interval_holds_zero_is_never_told_as_one(value: float, half: float, what: str) -> None:

@@ -30,6 +30,12 @@ def headline(row: LedgerRow) -> Headline:
     experiment = row.experiment
     details = [lift_sentence("breadth", experiment.breadth_lift, row.parent, experiment.confidence)]
     details.append(lift_sentence("depth", experiment.depth_lift, row.parent, experiment.confidence))
+    if row.gate.decision == "hold":
+        open_ = sum(criterion.passed is not True for criterion in row.gate.criteria)
+        details.append(
+            f"The gate held {row.model} back: {open_} of its {len(row.gate.criteria)} criteria did not pass. This "
+            "workspace lets users decide about what is held."
+        )
     if row.verdict_reason and row.verdict != "promote":
         details.append(words.sentence(row.verdict_reason))
     if row.verdict == "promote":
