@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from characterflywheel import ledger
 from characterflywheel.ledger import LedgerRow
 from characterflywheel.llm.models import base_model_folder
+from characterflywheel.workshop import parent_of
+from characterflywheel.workspace import Workspace
 
 FLYWHEEL = [sys.executable, "-m", "characterflywheel.cli"]
 STAGES = [
@@ -188,3 +190,16 @@ def test_one_tiny_generation_on_the_real_base_model(tmp_path: Path) -> None:
     assert row.win_rate.user.pointwise.n > 0
     assert 0 <= (row.steerability.instruction_following.value or 0) <= 1
     assert {"curate", "annotate", "rejection_sampling"} <= {sieve.stage for sieve in row.kept}
+
+
+def test_the_next_generation_starts_from_what_is_in_service(undisturbed: Path, tmp_path: Path) -> None:
+    """Whatever put it there, verdict or person; and a rollback counts."""
+    folder = tmp_path / "w"
+    shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("artifacts", "registry.json"))
+    (row,) = ledger.read(folder / "ledger.jsonl")
+    assert flywheel("promote", folder, "1", "--reason", "test", "--against-gate").returncode == 0
+    space = Workspace.open(folder)
+    assert parent_of(space, space.config(), 2).identity == row.stages["rl"]
+    assert parent_of(space, space.config(), 1).name == "base"
+    assert flywheel("rollback", folder, "--reason", "test").stdout == "in service: the base model\n"
+    assert parent_of(space, space.config(), 2).name == "base"

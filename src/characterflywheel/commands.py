@@ -29,7 +29,8 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
     if complete < generations:
         turn(workspace, config, range(complete + 1, generations + 1), until)
     else:
-        print(f"{complete} complete; the next: flywheel run {workspace.root} --generations {complete + 1}")
+        following = f"flywheel run {workspace.root} --generations {complete + 1}"
+        print(f"{complete} complete; the next: {following}\nsettings that were changed since count from there")
     if workspace.ledger.exists():
         from .report import write_report  # noqa: PLC0415
 
@@ -149,5 +150,5 @@ def rollback(workspace: Workspace, reason: str) -> None:
     """Put the model that served before back into service."""
     with workspace.locked():
         after = registry.rollback(workspace.registry, reason, datetime.now(UTC))
-    release = after.serving[-1]
-    print(f"in service: {release.model} (generation {release.generation})")
+    release = after.in_service
+    print(f"in service: {release.model} (generation {release.generation})" if release else "in service: the base model")

@@ -27,6 +27,7 @@ from .people import Bank, People
 from .pipeline import Artifact, Runner, Work, write_atomically
 from .progress import announce, progress
 from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Signal, User
+from .release import registry
 from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
 from .reward.stage import RewardSummary, train_rewards
@@ -91,22 +92,21 @@ class LiveSummary(Record):
 
 
 def parent_of(workspace: Workspace, config: FlywheelConfig, number: int) -> Parent:
-    """The model that serves when generation `number` begins, from the ledger.
+    """The model that serves when generation `number` begins: what verdicts and people have put into the registry.
 
     Raises:
         FlywheelError: the generation before has not been completed.
     """
-    base = Parent(generation=0, name="base", identity=config.models.base)
-    if number == 1:
-        return base
-    rows = {row.generation: row for row in ledger.read(workspace.ledger)}
-    if number - 1 not in rows:
+    if number > 1 and number - 1 not in {row.generation for row in ledger.read(workspace.ledger)}:
         raise FlywheelError(f"generation {number} needs generation {number - 1} complete: run it first.")
-    for row in (rows[n] for n in range(number - 1, 0, -1)):
-        if row.verdict == "promote":
-            folder = f"artifacts/{row.stages['rl']}/model"
-            return Parent(generation=row.generation, name=row.model, identity=row.stages["rl"], folder=folder)
-    return base
+    # a run killed after its own promotion does not become its own parent
+    earlier = [release for release in registry.read(workspace.registry).serving if release.generation < number]
+    if not earlier:
+        return Parent(generation=0, name="base", identity=config.models.base)
+    last = earlier[-1]
+    return Parent(
+        generation=last.generation, name=last.model, identity=Path(last.folder).parent.name, folder=last.folder
+    )
 
 
 class Workshop:

@@ -46,10 +46,16 @@ def test_promoting_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_nothing_to_roll_back_to(tmp_path: Path) -> None:
     path = tmp_path / "registry.json"
-    with pytest.raises(FlywheelError, match="no model is in service"):
+    with pytest.raises(FlywheelError, match="the base model is in service"):
         registry.rollback(path, "why not", AT)
+
+
+def test_the_base_model_served_before_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "registry.json"
     registry.promote(path, release(1), "it won", AT)
-    with pytest.raises(FlywheelError, match="'v1' is the only model that ever served"):
+    assert registry.rollback(path, "complaints", AT).in_service is None
+    assert registry.read(path).history[-1].release is None
+    with pytest.raises(FlywheelError, match="the base model is in service"):
         registry.rollback(path, "why not", AT)
 
 
@@ -79,7 +85,7 @@ def test_a_rollback_undoes_the_last_promotion(tmp_path_factory: pytest.TempPathF
             registry.promote(path, release(move), "", AT)
             if not model or model[-1] != release(move):
                 model.append(release(move))
-        elif len(model) > 1:
+        elif model:
             registry.rollback(path, "", AT)
             model.pop()
     assert list(registry.read(path).serving) == model

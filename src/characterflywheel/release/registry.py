@@ -25,10 +25,10 @@ class Release(Record):
 
 
 class Step(Record):
-    """One change of what is in service; `release` serves after it."""
+    """One change of what is in service; `release` serves after it, None being the base model."""
 
     action: Literal["promote", "rollback"]
-    release: Release
+    release: Release | None
     reason: str
     at: datetime
 
@@ -43,15 +43,15 @@ class Registry(Record):
         """The models that a rollback would find, oldest first; the last one is in service."""
         stack: list[Release] = []
         for step in self.history:
-            if step.action == "promote":
-                stack.append(step.release)
-            else:
+            if step.action == "rollback":
                 stack.pop()
+            elif step.release is not None:
+                stack.append(step.release)
         return tuple(stack)
 
     @property
     def in_service(self) -> Release | None:
-        """The model in service; None before the first promotion."""
+        """The model in service; None where it is the base model."""
         return self.serving[-1] if self.serving else None
 
 
@@ -80,17 +80,16 @@ def promote(path: Path, release: Release, reason: str, at: datetime) -> Registry
 
 
 def rollback(path: Path, reason: str, at: datetime) -> Registry:
-    """Put the model back in service that served before the present one.
+    """Put the model back in service that served before the present one, the base model before the first.
 
     Raises:
-        FlywheelError: there is none.
+        FlywheelError: the base model is in service.
     """
     registry = read(path)
-    if len(registry.serving) < 2:
-        current = registry.in_service
-        held = f"{current.model!r} is the only model that ever served" if current else "no model is in service"
-        raise FlywheelError(f"cannot roll back: {held}; promote another first.")
-    return _write(path, registry, Step(action="rollback", release=registry.serving[-2], reason=reason, at=at))
+    if not registry.serving:
+        raise FlywheelError("cannot roll back: the base model is in service, and nothing served before it.")
+    before = registry.serving[-2] if len(registry.serving) > 1 else None
+    return _write(path, registry, Step(action="rollback", release=before, reason=reason, at=at))
 
 
 def _write(path: Path, registry: Registry, step: Step) -> Registry:
