@@ -80,10 +80,13 @@ def people_of(workspace: Workspace, config: "FlywheelConfig", store: "EventStore
 
 def oracle_of(people: "People") -> "Callable[[Bank], ledger.Truth] | None":
     """What the embedded world knows of the lifts that truly exist; None where people are real."""
+    from .people import RealPeople  # noqa: PLC0415
+
+    if isinstance(people, RealPeople):
+        return None
     from .simulation.world import SimulatedPeople  # noqa: PLC0415
 
-    if not isinstance(people, SimulatedPeople):
-        return None
+    assert isinstance(people, SimulatedPeople)
 
     def truth(bank: "Bank") -> ledger.Truth:
         lift = people.true_lift(bank)
