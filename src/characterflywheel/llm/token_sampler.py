@@ -41,8 +41,6 @@ class TokenSampler(ABC):
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Completion]]:
         """See `ChatModel.complete`. `on_progress(done, total)` counts conversations."""
-        if len(seeds) != len(conversations):
-            raise ValueError(f"{len(conversations)} prompts need as many seeds, got {len(seeds)}.")
         prompts = [self.format.prompt(c) for c in conversations]
         drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
         return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
