@@ -51,6 +51,53 @@ class ServingConfig(Section):
     max_tokens: int = Field(48, ge=1)
 
 
+class ServerConfig(Section):
+    """The chat service over HTTP: where it listens, what it bears, and whom it lets in (DESIGN section 8)."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8765, ge=0, le=65535)
+    backend: Literal["native", "endpoint", "echo"] = Field("native", description="who writes the replies")
+    endpoint: str | None = Field(None, description="base address of an OpenAI-compatible server, e.g. http://HOST/v1")
+    endpoint_model: str | None = Field(None, description="the model's name there; ours if absent")
+    endpoint_key_env: str = Field("FLYWHEEL_ENDPOINT_KEY", description="environment variable with the endpoint's key")
+    timeout_s: float = Field(60, gt=0, description="longest wait for a whole reply, queue included")
+    first_token_s: float = Field(20, gt=0, description="longest wait for a stream's first piece, queue included")
+    concurrent: int = Field(64, ge=1, description="replies that a model writes at once")
+    waiting: int = Field(256, ge=0, description="requests that may wait for a model; more are told to come back (429)")
+    max_body_bytes: int = Field(1_048_576, ge=1024)
+    max_messages: int = Field(400, ge=1, description="messages of one request")
+    max_message_chars: int = Field(16_000, ge=1)
+    max_prompt_tokens: int = Field(2048, ge=64, description="longer prompts lose examples, then their oldest turns")
+    key_requests_per_minute: int = Field(60_000, ge=1)
+    user_requests_per_minute: int = Field(600, ge=1)
+    web: bool = Field(True, description="serve the chat page, with an anonymous session for each visitor")
+    session_days: int = Field(30, ge=1)
+    cors_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = Field((), description="whose X-Forwarded-For is believed")
+    retention_days: int | None = Field(None, ge=1, description="conversations untouched for longer are erased")
+
+
+class SafetyConfig(Section):
+    """Classifiers of every utterance, reply and character (PAPER section 9). All are asked; any may refuse."""
+
+    classifiers: tuple[Literal["rules", "model", "endpoint"], ...] = ("rules",)
+    endpoint: str | None = Field(None, description="address of an OpenAI-compatible server with a guard model")
+    endpoint_model: str | None = None
+    endpoint_key_env: str = "FLYWHEEL_SAFETY_KEY"
+    timeout_s: float = Field(5, gt=0, description="a classifier that takes longer has failed: the text is not allowed")
+    hold: Literal["sentence", "reply"] = Field(
+        "sentence", description="how much of a streamed reply waits for its check before it is shown"
+    )
+    model_threshold: float = Field(0.9, gt=0, lt=1, description="the small model refuses from this probability")
+
+
+class StoreConfig(Section):
+    """Where events are kept."""
+
+    url: str | None = Field(None, description="postgresql://...; the workspace's SQLite file if absent")
+    commit_ms: float = Field(0, ge=0, description="how long a commit may wait for company")
+
+
 class CurateConfig(Section):
     """Filters, diversity and strata (PAPER section 1)."""
 
@@ -204,6 +251,9 @@ class FlywheelConfig(Section):
     models: ModelsConfig = ModelsConfig()
     world: WorldConfig | None = WorldConfig()
     serving: ServingConfig = ServingConfig()
+    server: ServerConfig = ServerConfig()
+    safety: SafetyConfig = SafetyConfig()
+    store: StoreConfig = StoreConfig()
     curate: CurateConfig = CurateConfig()
     annotate: AnnotateConfig = AnnotateConfig()
     reward: RewardConfig = RewardConfig()

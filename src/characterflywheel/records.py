@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 
 Source = Literal["internal", "user"]
 Role = Literal["system", "user", "assistant"]
-SignalKind = Literal["continue", "thumb_up", "thumb_down", "love", "regenerate", "report", "rating", "feedback"]
+SignalKind = Literal[
+    "continue", "thumb_up", "thumb_down", "love", "reaction", "regenerate", "pick", "edit", "report", "rating", "feedback",
+]  # fmt: skip
+Finish = Literal["stop", "length", "cancelled", "error"]
 Split = Literal["annotate", "train", "evaluate", "experiment"]
 
 
@@ -68,11 +71,18 @@ class Character(Record):
     name: str = Field(min_length=1)
     category: str
     traits: tuple[str, ...]
-    instructions: tuple[Instruction, ...] = Field(min_length=1)
+    instructions: tuple[Instruction, ...] = ()
     greeting: str
     examples: tuple[ChatMessage, ...] = ()
     safety: Literal["approved", "review", "refused"] = "approved"
     extensions: dict[str, object] = Field(default_factory=dict)
+    card: dict[str, object] | None = Field(default=None, description="the `data` of the character card it came from")
+
+    @model_validator(mode="after")
+    def _says_what_to_do(self) -> Self:
+        if not self.instructions and self.card is None:
+            raise ValueError("a character needs at least one instruction, or the character card it came from")
+        return self
 
 
 class User(Record):
@@ -85,7 +95,12 @@ class User(Record):
 
 
 class Message(Record):
-    """A message as the event store keeps it. Replies carry the model, and the arm if an experiment served it."""
+    """A message as the event store keeps it. Replies carry the model, and the arm if an experiment served it.
+
+    `parent_id` is the message it answers: replies with the same parent are alternatives, as regenerating and drafts
+    make them. It is None at the beginning and where messages simply follow one another. A `fallback` is a canned
+    reply. `finish` says how a reply ended; `cancelled`: the client left while it was written.
+    """
 
     id: str
     conversation_id: str
@@ -96,6 +111,8 @@ class Message(Record):
     experiment: str | None = None
     arm: str | None = None
     fallback: bool = False
+    parent_id: str | None = None
+    finish: Finish | None = None
     created_at: datetime
 
 
@@ -112,7 +129,10 @@ class Conversation(Record):
 
 
 class Signal(Record):
-    """What a user did after a reply. `value` is 1 for an act, 1 to 5 for a rating; `text` for written feedback."""
+    """What a user did after a reply. `value` is 1 for an act, 1 to 5 for a rating.
+
+    `text` holds written feedback, a report's reason, the edited reply, or a reaction's emoji.
+    """
 
     id: str
     message_id: str
