@@ -68,7 +68,9 @@ def test_fails_closed() -> None:
     def broken(text: str, context: str) -> tuple[str, ...]:
         raise RuntimeError("the model is not loaded")
 
-    assert SafetyPolicy((broken,)).check("hello") == (False, ("unchecked",))
+    policy = SafetyPolicy((broken,))
+    assert policy.check("hello") == (False, ("unchecked",))
+    assert policy.caught.counts == {("broken", "RuntimeError"): 1}
 
 
 def test_long_text_takes_no_time() -> None:

@@ -135,6 +135,7 @@ def test_it_fails_closed_in_character(store: EventStore, text: str, answer: str 
     assert "bomb" not in reply.content
     assert violations(PIRATE, reply.content) == ()
     assert len(parrot.seen) == asked
+    assert service.caught.counts == ({("policy", "RuntimeError"): 1} if "bomb" in f"{text} {answer}" else {})
     assert store.position().messages == 2
     mixed = service_of(store, fine)
     assert [one.fallback for one in mixed.reply([say(mixed, "user-2", "a knife"), say(mixed, "user-3", "hi")])] == [

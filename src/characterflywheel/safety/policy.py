@@ -5,9 +5,10 @@ annotation and training.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .caught import Caught
 from .classifiers import agrees_with_harm, harmful_words
 
 Classifier = Callable[[str, str], tuple[str, ...]]
@@ -25,9 +26,10 @@ class SafetyVerdict(NamedTuple):
 
 @dataclass(frozen=True)
 class SafetyPolicy:
-    """Classifiers of which any one may refuse a text."""
+    """Classifiers of which any one may refuse a text. `caught` has what they failed with."""
 
     classifiers: tuple[Classifier, ...] = (harmful_words, agrees_with_harm)
+    caught: Caught = field(default_factory=Caught, compare=False)
 
     def check(self, text: str, *, context: str = "") -> SafetyVerdict:
         """Judge `text`, which answers `context` (the message before it, empty if there is none).
@@ -38,6 +40,7 @@ class SafetyPolicy:
         for classifier in self.classifiers:
             try:
                 categories.update(classifier(text, context))
-            except Exception:  # the boundary of fail-closed: whatever went wrong, the text was not checked
+            except Exception as error:  # the boundary of fail-closed: whatever went wrong, the text was not checked
+                self.caught.note(getattr(classifier, "__name__", type(classifier).__name__), error)
                 categories.add(UNCHECKED)
         return SafetyVerdict(not categories, tuple(sorted(categories)))

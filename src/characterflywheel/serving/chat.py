@@ -6,7 +6,6 @@ the reply is made (PAPER section 7); utterance and reply follow in one transacti
 conversation and the turn, so a repeated call changes nothing.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol, cast, get_args
@@ -18,11 +17,11 @@ from ..instructions import repair_all
 from ..llm.base import ChatModel, Sampling
 from ..people import Utterance
 from ..records import Character, ChatMessage, Conversation, Exposure, Message, Signal, SignalKind, Source
+from ..safety.caught import Caught
 from ..store import EventStore
 
 _DECLINES = "That is a road best left alone. Let's talk of something kinder. What else is on your mind?"
 _LOST = "Words fail for a moment. Could you say that again?"
-_log = logging.getLogger(__name__)
 
 
 class Verdict(Protocol):
@@ -93,6 +92,7 @@ class ChatService:
         self.models = models
         self.default_model = default_model
         self.safety = safety
+        self.caught = Caught()
         self.sampling = sampling
         self.seed = seed
         self.assign = assign
@@ -198,8 +198,8 @@ class ChatService:
         """Whether safety lets a text pass. A boundary: what cannot be checked does not pass."""
         try:
             return self.safety.check(text, context=context).allowed
-        except Exception:
-            _log.exception("the safety policy failed; the text is treated as unsafe")
+        except Exception as error:
+            self.caught.note("policy", error)
             return False
 
 
