@@ -121,6 +121,41 @@ _RULES: dict[str, tuple[str, ...]] = {
         r"|ids?) (?:for sale|cheap)",
     ),
 }
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "self_harm": (
+        "self", "suicid", "die", "life", "it all", "kys", "slit", "want to", "better off", "reason to live", "overdose",
+    ),
+    "sexual_minors": (
+        "sex", "naked", "nude", "porn", "erotic", "horny", "masturbat", "orgasm", "blow", "undress", "molest",
+        "fondl", "pedo", "loli",
+    ),
+    "sexual": (
+        "job", "dick", "cock", "pussy", "cum", "fuck", "screw", "bang", "sex", "nude", "naked", "rape", "raping",
+    ),
+    "hate": (
+        "gg", "kike", "k1ke", "spic", "sp1c", "chink", "ch1nk", "wetback", "towelhead", "sandn", "trann", "retard",
+        "gook", "jew", "muslim", "christian", "hindu", "black", "white", "asian", "mexican", "arab", "immigrant",
+        "refugee", "gay", "lesbian", "homosexual", "trans", "women", "disabled", "gyps", "hitler", "go back to",
+        "fag", "f4g",
+    ),
+    "violence": (
+        "kill", "murder", "stab", "shoot", "strangle", "poison", "behead", "beat", "tortur", "kidnap", "rape", "hurt",
+        "hit", "lynch", "attack", "assault", "assassinat", "execut", "terminat", "arson", "robbery", "terroris",
+        "genocide", "massacre", "bomb", "explosive", "molotov", "napalm", "nerve", "sarin", "ricin", "weapon",
+        "anthrax", "ghost gun", "silencer", "blow up", "burn down", "hope you", "die", "you live",
+    ),
+    "harassment": (
+        "fuck", "screw", "bitch", "cunt", "whore", "slut", "asshole", "shit", "waste of", "retarded", "worthless",
+        "nobody", "without you",
+    ),
+    "crime": (
+        "meth", "crack", "coca", "heroin", "fentanyl", "ecstasy", "mdma", "lsd", "hack", "steal", "launder",
+        "counterfeit", "stalk", "blackmail", "shoplift", "rob ", "pick", "evade", "dox", "fraud", "break into",
+        "social security", "password", "bank account", "address", "license", "number", "date of birth", "history",
+        "credit card", "for sale", "cheap",
+    ),
+}  # fmt: skip
+"""Every match of a category has one of these in it: looking for them first makes ordinary text ten times cheaper."""
 _PATTERNS = {category: re.compile("|".join(f"(?:{rule})" for rule in rules)) for category, rules in _RULES.items()}
 _NEGATED = re.compile(
     r"\b(?:do not|don'?t|never|not|won'?t|wouldn'?t|shouldn'?t|please don'?t|can'?t|stop) (?:\w+ ){0,2}$"
@@ -157,12 +192,15 @@ def agrees_with_harm(text: str, context: str) -> tuple[str, ...]:
 
 def normalise(text: str) -> str:
     """Lower case, compatibility characters and curly quotes made plain, invisible characters and extra space gone."""
-    plain = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
-    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
-    return " ".join(plain.casefold().split())
+    if not text.isascii():  # plain ASCII has nothing to be made plain
+        text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    return " ".join(text.casefold().split())
 
 
 def _matches(category: str, pattern: re.Pattern[str], plain: str) -> bool:
+    if not any(word in plain for word in _NEEDED[category]):
+        return False
     if category != "violence":
         return pattern.search(plain) is not None
     # "I won't hurt you" is the opposite of a threat
