@@ -1,5 +1,6 @@
 """The event store: everything that happened, once and in order (DESIGN sections 4, 5)."""
 
+from .database import StoreUnavailable
 from .events import EventStore, Position
 
-__all__ = ["EventStore", "Position"]
+__all__ = ["EventStore", "Position", "StoreUnavailable"]

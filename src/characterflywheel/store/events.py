@@ -1,4 +1,4 @@
-"""Append and look up: the event store on SQLite (WAL, synchronous FULL), through SQLAlchemy Core.
+"""Append and look up: the event store on SQLite or PostgreSQL, through SQLAlchemy Core.
 
 An append is one durable transaction: when it returns, the rows survive a power cut. Rows whose id exists are left
 alone, so a killed simulation that runs again writes the same prefix again without effect and then the rest, and
@@ -8,23 +8,24 @@ every row keeps its number. Writers queue for one lock; readers see a consistent
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
-from sqlalchemy import URL, Connection, create_engine, event, func, select
-from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, InterfaceError
 
 from ..errors import FlywheelError
 from ..records import Character, Conversation, Exposure, Message, Record, Signal, Source, User
-from . import schema
+from ..service_records import ApiKey, Events, Experiment, Publication, Remembered, Tip
+from . import database, lookups, schema
 from .export import export as write_window
+from .rows import Row, microseconds, rows, rows_of_columns
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON", "cache_size=-65536")
+_IN_ORDER = tuple(name for name in schema.NUMBERED if name in Events.model_fields)  # parents before children
+_AT_ONCE = 64  # rows of one statement on SQLite: each statement costs a hand-over between threads
 
 
 class Position(Record):
@@ -36,32 +37,43 @@ class Position(Record):
 
 
 class EventStore:
-    """Users, characters, conversations, and what happened in them. Open with `EventStore.open(path)`."""
+    """Users, characters, conversations, and what happened in them. Open with `EventStore.open(where)`.
 
-    def __init__(self, path: Path) -> None:
-        if not path.parent.is_dir():
-            raise FlywheelError(f"folder {path.parent} is missing: `flywheel init DIR` creates a workspace.")
-        self.path = path
-        self._engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": 60})
+    Raises `StoreUnavailable`, from any method, where the database is locked for longer than `patience_s`, full or gone.
+    """
+
+    def __init__(self, where: Path | str, *, patience_s: float = 60) -> None:
+        self._engine = database.connect(where, patience_s)
+        self.dialect = database.dialect(self._engine)
+        self.where = self._engine.url.render_as_string() if self.dialect == "postgresql" else str(where)
         self._lock = threading.Lock()
-        event.listen(self._engine, "connect", _set_up)
-        event.listen(self._engine, "begin", _begin)
         try:
-            with self.read() as connection:
-                ready = _is_ready(connection, path)
-            if not ready:
-                with self._write() as connection:
-                    _create(connection, path)
+            with database.plain_errors(self.where):
+                database.prepare(self._engine, patience_s)
         except DatabaseError as error:
             self.close()
             raise FlywheelError(
-                f"{path} is not a usable event store ({error.orig}); move it away or restore it."
+                f"{self.where} is not a usable event store ({error.orig}); move it away or restore it."
             ) from error
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open the store, creating it where there is none. Use it as a context manager, or `close()` it."""
-        return cls(path)
+    def open(cls, where: Path | str, *, patience_s: float = 60) -> Self:
+        """Open the store, creating or migrating it as needed. Use it as a context manager, or `close()` it.
+
+        `where` is the path of a SQLite file, or the address of a PostgreSQL database, `postgresql://...`.
+        `patience_s` is how long to wait, in seconds, while another process writes.
+        """
+        return cls(where, patience_s=patience_s)
+
+    @property
+    def path(self) -> Path:
+        """The SQLite file."""
+        if self.dialect != "sqlite":
+            raise FlywheelError(f"{self.where} is no file.")
+        return Path(self.where)
 
     def close(self) -> None:
         """Close all connections; SQLite then folds its log into the one file."""
@@ -73,59 +85,22 @@ class EventStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def add_characters(self, characters: Iterable[Character]) -> None:
-        """Register characters. A changed character needs a new version: a version's content never changes."""
-        table = schema.characters
-        with self._write() as connection:
-            for one in characters:
-                record = one.model_dump_json()
-                known = connection.scalar(
-                    select(table.c.record).where(table.c.id == one.id, table.c.version == one.version)
-                )
-                if known is None:
-                    row = {"id": one.id, "version": one.version, "name": one.name, "record": record}
-                    connection.execute(table.insert(), row)
-                elif known != record:
-                    raise FlywheelError(
-                        f"character {one.id!r} version {one.version} differs from the one in the store; "
-                        f"a changed character needs a higher version, e.g. version = {one.version + 1}."
-                    )
+    # Append
 
-    def characters(self) -> dict[str, Character]:
-        """The newest version of every registered character by id, sorted by id."""
-        table = schema.characters
-        with self.read() as connection:
-            rows = connection.execute(select(table.c.record).order_by(table.c.id, table.c.version)).scalars()
-            found = map(Character.model_validate_json, rows.all())
-            return {character.id: character for character in found}
+    def append_events(self, events: Events) -> None:
+        """Make what one request did durable, in one transaction; rows whose id is known are left alone.
 
-    def add_users(self, users: Iterable[User]) -> None:
-        """Register users; those known are left alone."""
-        self._append({"users": _columns(User, users)})
+        Raises FlywheelError, and stores nothing, where a row is bad: it refers to what is not in the store, or a
+        known version of a character differs.
+        """
+        self.append_all([events])
 
-    def add_conversations(self, conversations: Iterable[Conversation]) -> None:
-        """Register conversations of known users with known characters. Their messages are not looked at."""
-        self._append({"conversations": _columns(Conversation, conversations, without="messages")})
-
-    def set_consent(self, user_id: str, consent: bool) -> None:
-        """Say whether a user's messages may be used for training, from now on and for all they ever wrote."""
-        with self._write() as connection:
-            changed = connection.execute(
-                schema.users.update().where(schema.users.c.id == user_id).values(consent=consent)
-            )
-            if changed.rowcount == 0:
-                raise FlywheelError(f"user {user_id!r} is not in the store.")
-
-    def populations(self, user_ids: Iterable[str]) -> dict[str, Source]:
-        """The population of each known user of `user_ids`."""
-        table = schema.users
-        found: dict[str, Source] = {}
-        wanted = sorted(set(user_ids))
-        with self.read() as connection:
-            for start in range(0, len(wanted), 500):  # SQLite bounds the number of variables
-                some = table.c.id.in_(wanted[start : start + 500])
-                found |= {row.id: row.population for row in connection.execute(select(table).where(some))}
-        return found
+    def append_all(self, batch: Sequence[Events]) -> int:
+        """`append_events` for many, in one transaction; returns how many rows were new."""
+        prepared = {
+            name: rows(name, chain.from_iterable(getattr(events, name) for events in batch)) for name in _IN_ORDER
+        }
+        return self._append(prepared, [character for events in batch for character in events.characters])
 
     def append(
         self,
@@ -139,9 +114,9 @@ class EventStore:
         """
         self._append(
             {
-                "exposures": _columns(Exposure, exposures),
-                "messages": _columns(Message, messages),
-                "signals": _columns(Signal, signals),
+                "exposures": rows("exposures", exposures),
+                "messages": rows("messages", messages),
+                "signals": rows("signals", signals),
             }
         )
 
@@ -152,25 +127,146 @@ class EventStore:
         those with a default may be left out. Times are datetimes, NumPy datetime64 in UTC, or integers of
         microseconds since 1970.
         """
-        if table not in schema.EVENTS:
-            raise FlywheelError(f"table {table!r} does not exist; there are {', '.join(schema.EVENTS)}.")
-        self._append({table: columns})
+        if table not in schema.COLUMN_APPENDS:
+            raise FlywheelError(f"table {table!r} does not exist; there are {', '.join(schema.COLUMN_APPENDS)}.")
+        self._append({table: rows_of_columns(table, columns)})
+
+    def add_characters(self, characters: Iterable[Character]) -> None:
+        """Register characters. A changed character needs a new version: a version's content never changes."""
+        self._append({}, list(characters))
+
+    def add_users(self, users: Iterable[User]) -> None:
+        """Register users; those known are left alone."""
+        self._append({"users": rows("users", users)})
+
+    def add_conversations(self, conversations: Iterable[Conversation]) -> None:
+        """Register conversations of known users with known characters. Their messages are not looked at."""
+        self._append({"conversations": rows("conversations", conversations)})
+
+    def publish(self, publication: Publication) -> None:
+        """Record a decision about a registered version of a character."""
+        self._append({"publications": rows("publications", [publication])})
+
+    def save_experiment(self, experiment: Experiment) -> None:
+        """Record an experiment's start or change: the newest row of a name counts."""
+        self._append({"experiments": rows("experiments", [experiment])})
+
+    def add_key(self, key: ApiKey) -> None:
+        """Record an API key."""
+        self._append({"keys": rows("keys", [key])})
 
     def record_import(
         self, digest: str, *, file: str, format: str, conversations: int, messages: int, rejected: int
     ) -> None:
         """Remember that a file (by its SHA-256) was imported, and how it went the last time."""
         counts = {"conversations": conversations, "messages": messages, "rejected": rejected}
-        with self._write() as connection:
+        with self.write() as connection:
             connection.execute(schema.imports.delete().where(schema.imports.c.id == digest))
             connection.execute(schema.imports.insert(), {"id": digest, "file": file, "format": format, **counts})
+
+    # Change what may change
+
+    def set_consent(self, user_id: str, consent: bool) -> None:
+        """Say whether a user's messages may be used for training, from now on and for all they ever wrote."""
+        with self.write() as connection:
+            changed = connection.execute(
+                schema.users.update().where(schema.users.c.id == user_id).values(consent=consent)
+            )
+            if changed.rowcount == 0:
+                raise FlywheelError(f"user {user_id!r} is not in the store.")
+
+    def revoke_key(self, id: str, at: datetime) -> None:
+        """Revoke an API key; one that is revoked already keeps its time."""
+        keys = schema.keys
+        with self.write() as connection:
+            found = connection.execute(select(keys.c.revoked_at).where(keys.c.id == id)).one_or_none()
+            if found is None:
+                raise FlywheelError(f"key {id!r} is not in the store.")
+            if found.revoked_at is None:
+                connection.execute(keys.update().where(keys.c.id == id).values(revoked_at=microseconds(at)))
+
+    # Look up
+
+    def characters(self) -> dict[str, Character]:
+        """The newest version of every registered character by id, sorted by id."""
+        with self.read() as connection:
+            return lookups.newest_characters(connection)
+
+    def character(self, id: str, version: int | None = None) -> Character | None:
+        """A version of a character, the newest if None."""
+        with self.read() as connection:
+            return lookups.character(connection, id, version)
+
+    def versions(self, id: str) -> list[Character]:
+        """All versions of a character, oldest first."""
+        with self.read() as connection:
+            return lookups.versions(connection, id)
+
+    def publications(self) -> dict[str, Publication]:
+        """The newest decision about each character's newest version; absent where nobody decided about that one."""
+        with self.read() as connection:
+            return lookups.publications_in_force(connection)
+
+    def publication_history(self, character_id: str) -> list[Publication]:
+        """Every decision about a character, oldest first."""
+        with self.read() as connection:
+            return lookups.publication_history(connection, character_id)
+
+    def experiments(self) -> dict[str, Experiment]:
+        """The newest row of every experiment by name."""
+        with self.read() as connection:
+            return lookups.experiments_in_force(connection)
+
+    def keys(self) -> list[ApiKey]:
+        """All API keys, revoked and expired ones too, oldest first."""
+        with self.read() as connection:
+            return lookups.api_keys(connection)
+
+    def user(self, id: str) -> User | None:
+        """A user by id."""
+        with self.read() as connection:
+            return lookups.one(connection, schema.users, User, id)
+
+    def populations(self, user_ids: Iterable[str]) -> dict[str, Source]:
+        """The population of each known user of `user_ids`."""
+        found: dict[str, Source] = {}
+        wanted = sorted(set(user_ids))
+        with self.read() as connection:
+            for start in range(0, len(wanted), 500):  # SQLite bounds the number of variables
+                found |= lookups.populations(connection, wanted[start : start + 500])
+        return found
+
+    def conversation(self, id: str) -> Conversation | None:
+        """A conversation with its messages in order of arrival."""
+        with self.read() as connection:
+            return lookups.conversation(connection, id)
+
+    def conversations_of(self, user_id: str, limit: int, before_id: str | None = None) -> list[Conversation]:
+        """A user's conversations without messages, newest first; those older than `before_id` if it is given."""
+        with self.read() as connection:
+            return lookups.conversations_of(connection, user_id, limit, before_id)
+
+    def message(self, id: str) -> Message | None:
+        """A message by id."""
+        with self.read() as connection:
+            return lookups.one(connection, schema.messages, Message, id)
+
+    def tip(self, id: str) -> Tip | None:
+        """The end of a conversation by its digest."""
+        with self.read() as connection:
+            return lookups.one(connection, schema.tips, Tip, id)
+
+    def remembered(self, id: str) -> Remembered | None:
+        """The answer once given to a request with an idempotency key."""
+        with self.read() as connection:
+            return lookups.one(connection, schema.remembered, Remembered, id)
 
     def position(self) -> Position:
         """Where the store ends now."""
         with self.read() as connection:
             last = {
-                name: connection.scalar(select(func.coalesce(func.max(schema.EVENTS[name].c.seq), 0)))
-                for name in schema.APPEND_ONLY
+                name: connection.scalar(select(func.coalesce(func.max(schema.NUMBERED[name].c.seq), 0)))
+                for name in schema.WINDOWED
             }
         return Position.model_validate(last)
 
@@ -178,97 +274,83 @@ class EventStore:
         """Write the rows after `after` up to `until` as Parquet; see `store.export`."""
         write_window(self, folder, after, until, consenting_only=consenting_only)
 
+    # Transactions
+
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A read transaction: a consistent snapshot of the store."""
-        with self._engine.connect() as connection, connection.begin():
+        with database.plain_errors(self.where), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with self._lock, self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+    def write(self) -> Iterator[Connection]:
+        """A write transaction, durable when it ends; nobody else writes meanwhile."""
+        with (
+            database.plain_errors(self.where),
+            self._lock,
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
-    def _append(self, tables: Mapping[str, Mapping[str, Sequence[object]]]) -> None:
-        prepared = [(name, _rows(name, columns)) for name, columns in tables.items()]
-        if not any(rows for _, (_, rows) in prepared):
-            return
+    @contextmanager
+    def erasing(self) -> Iterator[Connection]:
+        """A write transaction that may delete from the append-only tables. For erasure on request and retention."""
+        with self.write() as connection:
+            for statement in schema.allow_changes(self.dialect):
+                connection.exec_driver_sql(statement)
+            yield connection
+            for statement in schema.forbid_changes(self.dialect):
+                connection.exec_driver_sql(statement)
+
+    def _append(self, tables: Mapping[str, list[Row]], characters: Sequence[Character] = ()) -> int:
+        """Append rows by table, characters first, in one transaction; returns how many were new."""
+        wanted = {name: list({row[0]: row for row in reversed(given)}.values())[::-1]
+                  for name, given in tables.items() if given}  # fmt: skip
+        if not wanted and not characters:
+            return 0
         try:
-            with self._write() as connection:
-                for name, (names, rows) in prepared:
-                    if rows:
-                        connection.exec_driver_sql(schema.insert(schema.EVENTS[name], names), rows)
-        except IntegrityError as error:
+            with self.write() as connection:
+                added = sum([_register(connection, character) for character in characters])
+                return added + sum([self._insert(connection, name, given) for name, given in wanted.items()])
+        except (IntegrityError, DataError, InterfaceError) as error:
             raise FlywheelError(
-                f"cannot append to {', '.join(name for name, (_, rows) in prepared if rows)}: {error.orig}; "
+                f"cannot append to {', '.join(wanted)}: {error.orig}; "
                 "register users, characters and conversations first, and messages before their signals."
             ) from error
+        except (UnicodeEncodeError, OverflowError) as error:
+            raise FlywheelError(
+                f"cannot append to {', '.join(wanted)}: {error}; give text and 64-bit numbers."
+            ) from error
+
+    def _insert(self, connection: Connection, name: str, given: list[Row]) -> int:
+        table = schema.NUMBERED[name]
+        if self.dialect == "postgresql":
+            columns = tuple(map(list, zip(*given, strict=True)))
+            return connection.exec_driver_sql(schema.insert(table, "postgresql", 1), columns).rowcount
+        added = start = 0
+        size = _AT_ONCE
+        while start < len(given):
+            while size > len(given) - start:
+                size //= 2  # so a table has seven statements, each prepared once
+            some = tuple(chain.from_iterable(given[start : start + size]))
+            added += connection.exec_driver_sql(schema.insert(table, "sqlite", size), some).rowcount
+            start += size
+        return added
 
 
-def microseconds(moment: datetime) -> int:
-    """Microseconds since 1970 in UTC, exactly. A time without a zone is refused: it would depend on the machine."""
-    if moment.tzinfo is None:
-        raise FlywheelError(f"time {moment.isoformat()} has no time zone; give it one, e.g. +00:00.")
-    return (moment - _EPOCH) // _MICROSECOND
-
-
-def _columns(record: type[Record], rows: Iterable[Record], without: str = "") -> dict[str, list[object]]:
-    rows = list(rows)
-    return {name: [getattr(row, name) for row in rows] for name in record.model_fields if name != without}
-
-
-def _rows(table: str, columns: Mapping[str, Sequence[object]]) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Column names and rows for the database, missing columns filled from their defaults, times as integers."""
-    known = [column.name for column in schema.EVENTS[table].columns if column.name != "seq"]
-    defaults = schema.DEFAULTS.get(table, {})
-    missing = [name for name in known if name not in columns and name not in defaults]
-    unknown = [name for name in columns if name not in known]
-    if missing or unknown:
-        raise FlywheelError(f"table {table!r}: missing columns {missing}, unknown columns {unknown}; it has {known}.")
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise FlywheelError(f"table {table!r}: columns of different length {lengths}; give each row a value in each.")
-    length = next(iter(lengths.values()))
-    plain = [_plain(name, columns[name]) if name in columns else [defaults[name]] * length for name in known]
-    return known, list(zip(*plain, strict=True))
-
-
-def _plain(name: str, column: Sequence[object]) -> Sequence[object]:
-    """A column as Python values that SQLite stores; NumPy's are converted at once."""
-    if isinstance(column, np.ndarray):
-        if column.dtype.kind == "M":
-            column = column.astype("datetime64[us]").astype(np.int64)
-        column = column.tolist()
-    if name == "created_at":
-        return [microseconds(value) if isinstance(value, datetime) else value for value in column]
-    return column
-
-
-def _set_up(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # transactions are begun below, not guessed by the driver
-    for pragma in _PRAGMAS:
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    """A writer takes its lock at once, so that two processes queue instead of failing in the middle."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
-
-
-def _is_ready(connection: Connection, path: Path) -> bool:
-    """Whether the file holds this program's schema; a file that holds another is an error."""
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version not in (0, schema.VERSION):
+def _register(connection: Connection, character: Character) -> bool:
+    """Register a version of a character unless it is known; a known version that differs is an error."""
+    known = lookups.character(connection, character.id, character.version)
+    if known is None:
+        row = {
+            "id": character.id, "version": character.version, "name": character.name,
+            "record": character.model_dump_json(),
+        }  # fmt: skip
+        connection.execute(schema.characters.insert(), row)
+    elif known != character:
         raise FlywheelError(
-            f"{path} has schema version {version}, this program reads {schema.VERSION}; use the program that wrote it."
+            f"character {character.id!r} version {character.version} differs from the one in the store; "
+            f"a changed character needs a higher version, e.g. version = {character.version + 1}."
         )
-    return bool(version)
-
-
-def _create(connection: Connection, path: Path) -> None:
-    if _is_ready(connection, path):  # another process was faster
-        return
-    schema.METADATA.create_all(connection)
-    for statement in schema.triggers():
-        connection.exec_driver_sql(statement)
-    connection.exec_driver_sql(f"PRAGMA user_version={schema.VERSION}")
+    return known is None
