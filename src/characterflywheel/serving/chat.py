@@ -21,7 +21,7 @@ from ..safety.caught import Caught
 from ..store import EventStore
 
 _DECLINES = "That is a road best left alone. Let's talk of something kinder. What else is on your mind?"
-_LOST = "Words fail for a moment. Could you say that again?"
+LOST = "Words fail for a moment. Could you say that again?"
 
 
 class Verdict(Protocol):
@@ -189,7 +189,7 @@ class ChatService:
 
     def _checked(self, said: Utterance, reply: str) -> _Text:
         if not reply:
-            return _Text(repair_all(said.character, _LOST), fallback=True)
+            return _Text(repair_all(said.character, LOST), fallback=True)
         if not self._allowed(reply, context=said.text):
             return _Text(decline(said.character), fallback=True)
         return _Text(reply)

@@ -1,0 +1,126 @@
+"""The chat service over HTTP: its parts, opened in order and closed in reverse, and its routes (DESIGN section 10).
+
+Stateless but for caches of seconds: any number of processes may serve one PostgreSQL store behind a balancer.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from .. import __version__
+from ..config import FlywheelConfig
+from ..erase import retire
+from ..errors import FlywheelError
+from ..safety.moderator import make_moderator
+from ..store import EventStore
+from ..store.journal import Journal
+from ..workspace import Workspace
+from . import routes_characters, routes_chat, routes_experiments, routes_health, routes_people
+from .assignment import Assigner
+from .auth import Authenticator, load_secret
+from .backends import BackendError, make_backends
+from .cast import Cast
+from .errors import add_handlers
+from .hub import Hub
+from .limits import RateLimiter
+from .metrics import Metrics, Observed
+from .publication import Publisher
+from .security import BodyLimit, RequestIds, SecurityHeaders, allow_origins, believe_proxies
+
+_log = logging.getLogger(__name__)
+_REFRESH_SECONDS = 5.0
+_DAY_SECONDS = 86_400.0
+
+
+def make_app(workspace: Workspace, config: FlywheelConfig) -> ASGIApp:
+    """The service of a workspace as an ASGI application; its parts open with the application's lifespan.
+
+    Raises:
+        FlywheelError: the configuration names something that cannot be.
+    """
+    bounds, metrics = config.server, Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.hub = hub = await _open(workspace, config, metrics, stack)
+            for chore in (_follow_releases(hub), _retire_daily(hub)):
+                task = asyncio.create_task(chore)
+                stack.callback(task.cancel)
+            yield
+
+    api = FastAPI(title="CharacterFlywheel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    add_handlers(api)
+    for routes in (routes_chat, routes_people, routes_characters, routes_experiments, routes_health):
+        api.include_router(routes.router)
+    if bounds.web:
+        from ..web import routes as pages  # noqa: PLC0415
+
+        api.router.routes.extend(pages())
+    app: ASGIApp = BodyLimit(api, bounds.max_body_bytes)
+    app = Observed(app, metrics)
+    app = allow_origins(app, bounds.cors_origins)
+    return RequestIds(believe_proxies(SecurityHeaders(app), bounds.trusted_proxies))
+
+
+async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, stack: AsyncExitStack) -> Hub:
+    """Open every part; whatever was opened is closed again where a later one fails."""
+    bounds = config.server
+    store = stack.enter_context(EventStore.open(config.store.url or workspace.database))
+    journal = Journal(store, commit_ms=config.store.commit_ms)
+    journal.start()
+    stack.push_async_callback(journal.stop)
+    moderator = make_moderator(config.safety)
+    stack.push_async_callback(moderator.close)
+    backends = make_backends(workspace, config)
+    stack.push_async_callback(backends.close)
+    authenticator = stack.enter_context(
+        Authenticator(store, load_secret(workspace.root), session_days=bounds.session_days)
+    )
+    assigner = stack.enter_context(Assigner(store))
+    publisher = Publisher(store, moderator)
+    await publisher.publish_folder(workspace)
+    cast = Cast(store)
+    await cast.refresh()
+    _watch(metrics, journal)
+    return Hub(
+        workspace=workspace, config=config, store=store, journal=journal, backends=backends, moderator=moderator,
+        authenticator=authenticator, key_limits=RateLimiter(bounds.key_requests_per_minute),
+        user_limits=RateLimiter(bounds.user_requests_per_minute), assigner=assigner, cast=cast, publisher=publisher,
+        metrics=metrics,
+    )  # fmt: skip
+
+
+def _watch(metrics: Metrics, journal: Journal) -> None:
+    metrics.watch("flywheel_journal_waiting", "requests whose rows wait for a commit", lambda: journal.waiting)
+    metrics.watch("flywheel_journal_commits", "commits so far", lambda: journal.commits)
+    metrics.watch("flywheel_journal_rows", "rows committed so far", lambda: journal.rows)
+    metrics.watch("flywheel_journal_commit_seconds", "the last commit, fsync included", lambda: journal.last_commit_s)
+
+
+async def _follow_releases(hub: Hub) -> None:
+    """Let a promotion, a rollback or an experiment take effect without a restart."""
+    while True:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        in_use = {model for experiment in hub.assigner.running for model in experiment.models.values()}
+        try:
+            await hub.backends.refresh(in_use)
+        except (BackendError, FlywheelError, OSError) as error:  # the model before goes on serving
+            _log.error("the model now in service cannot answer: %s", error)
+            hub.metrics.model_failures.labels("in service", getattr(error, "code", "unreadable")).inc()
+
+
+async def _retire_daily(hub: Hub) -> None:
+    """Erase conversations that nobody has touched for `server.retention_days`."""
+    days = hub.config.server.retention_days
+    while days is not None:
+        try:
+            await asyncio.to_thread(retire, hub.workspace, hub.clock() - timedelta(days=days))
+        except (FlywheelError, OSError) as error:  # tried again tomorrow
+            _log.error("conversations older than %d days were not erased: %s", days, error)
+        await asyncio.sleep(_DAY_SECONDS)

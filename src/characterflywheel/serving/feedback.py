@@ -1,0 +1,119 @@
+"""Feedback in the shapes that clients send, as signals (PAPER sections 3 and 7).
+
+Ours: `{"message_id", "kind", "value", "text"}`. Also understood, by the reply's id under another name (`id`,
+`reply_id`, `trace_id`, `traceId`, `completion_id`, `inference_id`): scores with a `name` and a `comment` as tracing
+tools send them, and metrics with a `metric_name` and a boolean or a number as gateways do.
+"""
+
+import hashlib
+import math
+from datetime import datetime, timedelta
+from typing import Annotated, Any, NamedTuple, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..ids import derive_id
+from ..records import Signal, SignalKind
+from .errors import ApiError
+from .schemas import Id, UserId
+
+_REPLY_NAMES = ("message_id", "id", "reply_id", "trace_id", "traceId", "completion_id", "inference_id", "observationId")
+_KIND_NAMES = ("kind", "name", "metric_name", "type", "key")
+_TEXT_NAMES = ("text", "comment", "reason", "content")
+_THUMBS = ("thumb", "thumbs", "user-feedback", "user_feedback", "feedback_score", "score", "like", "thumbs_up")
+_ALIASES: dict[str, SignalKind] = {
+    "thumbs_up": "thumb_up", "upvote": "thumb_up", "like": "thumb_up", "thumbs_down": "thumb_down",
+    "downvote": "thumb_down", "dislike": "thumb_down", "heart": "love", "flag": "report", "emoji": "reaction",
+    "correction": "edit", "comment": "feedback", "stars": "rating", "select": "pick", "retry": "regenerate",
+}  # fmt: skip
+_NEEDS_TEXT = ("edit", "feedback", "reaction")
+_AHEAD = timedelta(minutes=5)
+
+
+class FeedbackRequest(BaseModel):
+    """`POST /v1/feedback`: what a user did after a reply. `at` is when, for events that arrive late."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    message_id: Id = Field(description="the reply's id; also read as id, reply_id, trace_id, inference_id, ...")
+    kind: Annotated[str, Field(max_length=64)] = Field("feedback", description="also read as name or metric_name")
+    value: float | bool | str | None = None
+    text: Annotated[str, Field(max_length=16_000)] | None = Field(None, description="also read as comment or reason")
+    user: UserId | None = None
+    at: datetime | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_any_name(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        found = dict(data)
+        for ours, names in (("message_id", _REPLY_NAMES), ("kind", _KIND_NAMES), ("text", _TEXT_NAMES)):
+            given = next((data[name] for name in names if data.get(name) is not None), None)
+            if given is not None:
+                found[ours] = given
+        return found
+
+
+class Act(NamedTuple):
+    """What a signal says, in our terms."""
+
+    kind: SignalKind
+    value: float
+    text: str | None
+
+
+def act_of(request: FeedbackRequest) -> Act:
+    """A request's kind, value and text in our terms.
+
+    Raises:
+        ApiError: 422 for a kind that does not exist, a rating outside 1 to 5, a kind that needs text without one.
+    """
+    name = request.kind.strip().lower().replace("-", "_").replace(" ", "_")
+    value = _number(request.value)
+    if request.kind.lower() in _THUMBS and name not in get_args(SignalKind) and value is not None:
+        kind: str = "thumb_up" if value > 0 else "thumb_down"
+        value = 1.0
+    else:
+        kind = _ALIASES.get(name, name)
+    if kind not in get_args(SignalKind) or kind == "continue":
+        known = ", ".join(one for one in get_args(SignalKind) if one != "continue")
+        raise ApiError(422, "unknown_kind", f"Feedback of kind {request.kind!r} is not known; there are {known}.", "kind")
+    text = request.text if request.text is not None else request.value if isinstance(request.value, str) else None
+    if kind == "rating" and (value is None or not 1 <= value <= 5):
+        raise ApiError(422, "invalid_rating", f"A rating is a number from 1 to 5, not {request.value!r}.", "value")
+    if kind in _NEEDS_TEXT and not (text and text.strip()):
+        raise ApiError(422, "text_missing", f"Feedback of kind {kind!r} needs a text.", "text")
+    return Act(cast(SignalKind, kind), 1.0 if value is None else value, text)
+
+
+def signal_of(request: FeedbackRequest, user_id: str, key: str | None, now: datetime) -> Signal:
+    """The signal that a request makes. The same act twice is one signal: a second click changes nothing.
+
+    `key` is the digest of its idempotency key; without one, the act itself (kind, value, text) names the signal.
+    """
+    act = act_of(request)
+    at = now
+    if request.at is not None:
+        at = request.at if request.at.tzinfo else request.at.replace(tzinfo=now.tzinfo)
+        if at > now + _AHEAD:
+            raise ApiError(422, "time_ahead", f"at = {at.isoformat()} lies in the future; it is {now.isoformat()}.", "at")
+    name = (key,) if key else (request.message_id, user_id, act.kind, act.value, act.text)
+    return Signal(
+        id=derive_id("signal", *name), message_id=request.message_id, user_id=user_id, kind=act.kind, value=act.value,
+        text=act.text, created_at=at,
+    )  # fmt: skip
+
+
+def body_digest(raw: bytes) -> str:
+    """What tells one request body from another."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _number(value: float | bool | str | None) -> float | None:
+    if isinstance(value, str) or value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        raise ApiError(422, "invalid_value", "value must be a finite number.", "value")
+    return number

@@ -1,0 +1,146 @@
+"""Where in which conversation a request speaks: by conversation id, by the reply it regenerates, or by its history.
+
+A client of OpenAI's API knows no conversation ids and sends everything said so far. The history's digest finds the
+conversation whose last reply it ends with (a `Tip`); a history that we never served is taken in as it is given.
+"""
+
+import asyncio
+from datetime import datetime
+from typing import NamedTuple
+
+from ..ids import derive_id, uuid7
+from ..records import Character, ChatMessage, Conversation, Message, User
+from ..service_records import Events
+from .errors import ApiError, not_found
+from .hub import Hub
+from .paths import digest, path, said
+from .schemas import ChatRequest
+
+
+class Asked(NamedTuple):
+    """A user's utterance in its place. `events` make it durable; `replaces` is the reply that is regenerated."""
+
+    user: User
+    character: Character
+    conversation_id: str
+    history: tuple[ChatMessage, ...]
+    utterance: Message
+    events: Events
+    replaces: str | None = None
+
+
+async def locate(
+    hub: Hub, request: ChatRequest, character: Character, user: User, at: datetime, key: str | None
+) -> Asked:
+    """Find the request's place.
+
+    `key` is the digest of its idempotency key: with one, every id is a function of it, so that a repeated request
+    writes the same rows.
+
+    Raises:
+        ApiError: a conversation or reply that this user does not have, or that is with another character.
+    """
+    if request.flywheel_regenerate:
+        return await _again(hub, request.flywheel_regenerate, character, user)
+    if request.flywheel_conversation:
+        return await _onward(hub, request, character, user, at)
+    return await _by_history(hub, request, character, user, at, key)
+
+
+async def own_conversation(hub: Hub, id: str, user: User) -> Conversation:
+    """A conversation of this user with its messages; to anybody else it does not exist."""
+    found = await asyncio.to_thread(hub.store.conversation, id)
+    if found is None or found.user_id != user.id:
+        raise not_found("conversation", id, "flywheel_conversation")
+    return found
+
+
+async def _onward(hub: Hub, request: ChatRequest, character: Character, user: User, at: datetime) -> Asked:
+    """The next utterance of a conversation whose history is ours: only the request's last message is read."""
+    assert request.flywheel_conversation
+    conversation = await own_conversation(hub, request.flywheel_conversation, user)
+    character = await _its_character(hub, conversation, character)
+    picks = await asyncio.to_thread(hub.store.picks, conversation.id)
+    before = path(conversation.messages, request.flywheel_parent, picks)
+    if request.flywheel_parent and not before:
+        raise not_found("message", request.flywheel_parent, "flywheel_parent")
+    while before and before[-1].role == "user":  # said, but never answered: this utterance takes its place
+        before.pop()
+    parent = before[-1].id if before else None
+    text = request.messages[-1].text
+    utterance = _utterance(conversation.id, user, parent, text, at, conversation.created_at)
+    return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
+
+
+async def _again(hub: Hub, reply_id: str, character: Character, user: User) -> Asked:
+    """Another reply to the utterance that `reply_id` answered; nothing new is said."""
+    reply = await asyncio.to_thread(hub.store.message, reply_id)
+    if reply is None or reply.user_id != user.id:
+        raise not_found("message", reply_id, "flywheel_regenerate")
+    conversation = await own_conversation(hub, reply.conversation_id, user)
+    character = await _its_character(hub, conversation, character)
+    before = path(conversation.messages, reply_id)[:-1]
+    if reply.role != "assistant" or not before or before[-1].role != "user":
+        raise ApiError(
+            400, "not_a_reply", f"Message {reply_id!r} answers no utterance of the user.", "flywheel_regenerate"
+        )
+    return Asked(user, character, conversation.id, said(before[:-1]), before[-1], Events(), replaces=reply_id)
+
+
+async def _by_history(
+    hub: Hub, request: ChatRequest, character: Character, user: User, at: datetime, key: str | None
+) -> Asked:
+    """The conversation that ended with this history, or a new one that begins with it."""
+    *given, last = [m for m in request.messages if m.role in ("user", "assistant")]
+    history = tuple(ChatMessage(role="user" if m.role == "user" else "assistant", content=m.text) for m in given)
+    if any(m.role == "assistant" for m in history):
+        tip = await asyncio.to_thread(hub.store.tip, digest(user.id, character.id, history))
+        if tip is not None and tip.user_id == user.id:
+            conversation = await own_conversation(hub, tip.conversation_id, user)
+            before = path(conversation.messages, tip.message_id)
+            utterance = _utterance(
+                conversation.id, user, tip.message_id, last.text, at, conversation.created_at
+            )
+            character = await _its_character(hub, conversation, character)
+            return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
+    beginning = None if key else at  # ids that a retry must find again hold no time
+    opened = Conversation(
+        id=derive_id("conversation", key) if key else uuid7(at), user_id=user.id, character_id=character.id,
+        character_version=character.version, source=user.population, created_at=at,
+    )  # fmt: skip
+    taken_in: list[Message] = []
+    for message in history:
+        parent = taken_in[-1].id if taken_in else None
+        taken_in.append(
+            Message(
+                id=derive_id("message", opened.id, parent, message.role, message.content, at=beginning),
+                conversation_id=opened.id, user_id=user.id, role=message.role, content=message.content,
+                parent_id=parent, created_at=at,
+            )  # fmt: skip
+        )
+    parent = taken_in[-1].id if taken_in else None
+    utterance = _utterance(opened.id, user, parent, last.text, at, beginning)
+    events = Events(users=(user,), conversations=(opened,), messages=(*taken_in, utterance))
+    return Asked(user, character, opened.id, history, utterance, events)
+
+
+def _utterance(
+    conversation_id: str, user: User, parent: str | None, text: str, at: datetime, beginning: datetime | None
+) -> Message:
+    """The same words in the same place are the same message: a client that tries again does not say it twice."""
+    return Message(
+        id=derive_id("message", conversation_id, parent, "user", text, at=beginning), conversation_id=conversation_id,
+        user_id=user.id, role="user", content=text, parent_id=parent, created_at=at,
+    )  # fmt: skip
+
+
+async def _its_character(hub: Hub, conversation: Conversation, asked: Character) -> Character:
+    """The version of the character that this conversation began with."""
+    if conversation.character_id != asked.id:
+        raise ApiError(
+            400, "other_character", f"Conversation {conversation.id!r} is with {conversation.character_id!r}.", "model"
+        )
+    if conversation.character_version == asked.version:
+        return asked
+    found = await asyncio.to_thread(hub.store.character, conversation.character_id, conversation.character_version)
+    return found or asked

@@ -1,0 +1,239 @@
+"""`/v1/chat/completions` and `/v1/models`: OpenAI's API with characters as models (DESIGN section 10)."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from ..records import Character, User
+from ..service_records import Remembered
+from .backends import BackendError
+from .errors import ApiError, not_found
+from .hub import Hub
+from .locate import locate
+from .schemas import (
+    ChatChunk, ChatCompletion, ChatRequest, Choice, ChunkChoice, Delta, ModelCard, ModelList, ReplyMessage, Usage,
+)  # fmt: skip
+from .turn import Said, Turn, begin, being_written, commit, pieces, replies, unanswered
+from .who import Chatting, Shared, key_of, user_of
+
+router = APIRouter(tags=["chat"])
+_JSON = "application/json"
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion)
+async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chatting) -> Response:
+    """Talk to a character. With `stream`, server-sent events as OpenAI sends them; the last one means stored."""
+    user = await user_of(hub, request, principal, body.user)
+    _bounded(hub, body)
+    key = key_of(request, principal.id, user)
+    if body.stream:
+        if (body.n or 1) > 1:
+            raise ApiError(400, "invalid_request", "A stream has one reply: ask for n = 1.", "n")
+        raw = hashlib.sha256(await request.body()).hexdigest()
+        known = await _remembered(hub, key, raw) if key else None
+        if known is not None:
+            return StreamingResponse(_replayed(known.response), media_type="text/event-stream")
+        turn = await _begin(hub, body, user, key)
+        events = _stream(hub, body, turn, key, raw)
+        first = await anext(events)  # a model that is not there is an HTTP error, not half a stream
+        return StreamingResponse(_rest(first, events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    if key is None:
+        return Response(await _whole(hub, body, user, None, None), media_type=_JSON)
+    return await _once(hub, key, await request.body(), body, user)
+
+
+@router.get("/v1/models")
+async def models(hub: Shared, principal: Chatting) -> ModelList:
+    """The characters that can be talked to."""
+    return ModelList(data=tuple(map(_card, (await hub.cast.approved()).values())))
+
+
+@router.get("/v1/models/{id}")
+async def model(id: str, hub: Shared, principal: Chatting) -> ModelCard:
+    """One character."""
+    return _card(await _character(hub, id))
+
+
+async def _once(hub: Hub, key: str, raw: bytes, body: ChatRequest, user: User) -> Response:
+    """A request with an idempotency key is answered once; whoever repeats it gets the same answer."""
+    digest = hashlib.sha256(raw).hexdigest()
+    running = hub.being_answered.get(key)
+    if running is not None:
+        await asyncio.wait([running])
+    known = await _remembered(hub, key, digest)
+    if known is not None:
+        return Response(known.response, known.status, {"Idempotent-Replayed": "true"}, _JSON)
+    if key in hub.being_answered:  # somebody else began while we looked
+        return await _once(hub, key, raw, body, user)
+    answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    hub.being_answered[key] = answered
+    try:
+        return Response(await _whole(hub, body, user, key, digest), media_type=_JSON)
+    finally:
+        del hub.being_answered[key]
+        answered.set_result(None)
+
+
+async def _remembered(hub: Hub, key: str, digest: str) -> Remembered | None:
+    known = await asyncio.to_thread(hub.store.remembered, key)
+    if known is not None and known.body != digest:
+        raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
+    return known
+
+
+async def _whole(hub: Hub, body: ChatRequest, user: User, key: str | None, digest: str | None) -> str:
+    """The answer as JSON; what it says is in the store when it is returned."""
+    turn = await _begin(hub, body, user, key)
+    with being_written(hub, turn):
+        try:
+            said = await replies(hub, turn)
+        except BackendError as error:
+            raise unanswered(hub, turn, error) from error
+        answer = _completion(turn, said).model_dump_json()
+        await commit(hub, turn, said, _memory(hub, user, key, digest, answer))
+    return answer
+
+
+def _memory(hub: Hub, user: User, key: str | None, digest: str | None, answer: str) -> Remembered | None:
+    if key is None or digest is None:
+        return None
+    return Remembered(id=key, user_id=user.id, body=digest, status=200, response=answer, created_at=hub.clock())
+
+
+async def _stream(hub: Hub, body: ChatRequest, turn: Turn, key: str | None, digest: str) -> AsyncIterator[bytes]:
+    """The events of a streamed answer. The chunk with the finish reason comes after the commit."""
+    with being_written(hub, turn), hub.metrics.open_streams.track_inprogress():
+        shown, said = "", None
+        try:
+            async for said in pieces(hub, turn):
+                added = said.text[len(shown) :] if said.text.startswith(shown) else said.text
+                if added:
+                    if not shown:
+                        hub.metrics.first_chunk.observe(time.monotonic() - turn.began)
+                    yield _event(_chunk(turn, said, Delta(role=None if shown else "assistant", content=added)))
+                shown = said.text
+            assert said is not None
+            answer = _completion(turn, [said]).model_dump_json()
+            await commit(hub, turn, [said], _memory(hub, turn.asked.user, key, digest, answer))
+        except BackendError as error:
+            problem = unanswered(hub, turn, error)
+            if not shown:
+                raise problem from error
+            yield _event(problem.body().model_dump_json())
+            return
+        except ApiError as error:
+            if not shown:
+                raise
+            yield _event(error.body().model_dump_json())
+            return
+        yield _event(_chunk(turn, said, Delta(), _reason(said)))
+        if body.stream_options and body.stream_options.include_usage and (usage := _usage([said])):
+            yield _event(_chunk(turn, said, None, None, usage))
+        yield b"data: [DONE]\n\n"
+
+
+async def _replayed(answer: str) -> AsyncIterator[bytes]:
+    """An answer that was given before, as a stream of one piece."""
+    known = ChatCompletion.model_validate_json(answer)
+    choice = known.choices[0]
+    chunk = ChatChunk(
+        id=known.id, created=known.created, model=known.model, flywheel_conversation=known.flywheel_conversation,
+        choices=(ChunkChoice(delta=Delta(role="assistant", content=choice.message.content)),),
+        flywheel_message=known.flywheel_message, flywheel_model=known.flywheel_model,
+        flywheel_fallback=choice.flywheel_fallback,
+    )  # fmt: skip
+    yield _event(chunk.model_dump_json())
+    last = (ChunkChoice(delta=Delta(), finish_reason=choice.finish_reason),)
+    yield _event(chunk.model_copy(update={"choices": last}).model_dump_json())
+    yield b"data: [DONE]\n\n"
+
+
+async def _rest(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for event in events:
+        yield event
+
+
+async def _begin(hub: Hub, body: ChatRequest, user: User, key: str | None) -> Turn:
+    character = await _character(hub, body.model)
+    asked = await locate(hub, body, character, user, hub.clock(), key)
+    try:
+        return await begin(hub, body, asked, key)
+    except BackendError as error:
+        raise ApiError(error.status, error.code, str(error)) from error
+
+
+async def _character(hub: Hub, id: str) -> Character:
+    found = await hub.cast.get(id)
+    if found is None:
+        raise not_found("model", id, "model")
+    return found
+
+
+def _bounded(hub: Hub, body: ChatRequest) -> None:
+    bounds = hub.config.server
+    if len(body.messages) > bounds.max_messages:
+        raise ApiError(
+            413, "too_many_messages", f"{len(body.messages)} messages, at most {bounds.max_messages}.", "messages"
+        )
+    longest = max(len(message.text) for message in body.messages)
+    if longest > bounds.max_message_chars:
+        raise ApiError(
+            413, "message_too_long", f"A message of {longest} characters, at most {bounds.max_message_chars}.", "messages"
+        )
+
+
+def _completion(turn: Turn, said: list[Said]) -> ChatCompletion:
+    choices = tuple(
+        Choice(
+            index=i, message=ReplyMessage(content=one.text), finish_reason=_reason(one), flywheel_id=one.id,
+            flywheel_fallback=one.fallback,
+        )
+        for i, one in enumerate(said)
+    )  # fmt: skip
+    return ChatCompletion(
+        id=said[0].id, created=int(turn.asked.utterance.created_at.timestamp()), model=turn.asked.character.id,
+        choices=choices, usage=_usage(said), flywheel_conversation=turn.asked.conversation_id,
+        flywheel_message=turn.asked.utterance.id, flywheel_model=turn.model,
+    )  # fmt: skip
+
+
+def _chunk(
+    turn: Turn, said: Said, delta: Delta | None, reason: str | None = None, usage: Usage | None = None
+) -> str:
+    choices = () if delta is None else (ChunkChoice(delta=delta, finish_reason=reason),)  # type: ignore[arg-type]
+    return ChatChunk(
+        id=said.id, created=int(turn.asked.utterance.created_at.timestamp()), model=turn.asked.character.id,
+        choices=choices, usage=usage, flywheel_conversation=turn.asked.conversation_id,
+        flywheel_message=turn.asked.utterance.id, flywheel_model=turn.model, flywheel_fallback=said.fallback,
+    ).model_dump_json()  # fmt: skip
+
+
+def _event(data: str) -> bytes:
+    return f"data: {data}\n\n".encode()
+
+
+def _reason(said: Said) -> str:
+    if said.verdict is not None and not said.verdict.allowed and not said.fallback:
+        return "content_filter"
+    return "length" if said.finish == "length" else "stop"
+
+
+def _usage(said: list[Said]) -> Usage | None:
+    if said[0].prompt_tokens is None or any(one.completion_tokens is None for one in said):
+        return None
+    written = sum(one.completion_tokens or 0 for one in said)
+    return Usage(
+        prompt_tokens=said[0].prompt_tokens, completion_tokens=written,
+        total_tokens=said[0].prompt_tokens + written,
+    )  # fmt: skip
+
+
+def _card(character: Character) -> ModelCard:
+    return ModelCard(
+        id=character.id, created=0, flywheel_name=character.name, flywheel_category=character.category
+    )

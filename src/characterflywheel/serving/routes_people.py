@@ -1,0 +1,155 @@
+"""What belongs to one user: feedback, conversations, consent, the web page's session."""
+
+import asyncio
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Query, Request, Response
+
+from ..ids import derive_id, uuid7
+from ..records import Character, Conversation, Message, SignalKind, User
+from ..service_records import Events, Remembered
+from .cast import greetings
+from .errors import ApiError, not_found
+from .feedback import FeedbackRequest, body_digest, signal_of
+from .hub import Hub
+from .locate import own_conversation
+from .paths import path
+from .schemas import (
+    ConversationList, ConversationRequest, ConversationView, FeedbackView, MeRequest, MessageView, MeView,
+)  # fmt: skip
+from .turn import durable, put
+from .who import Chatting, Shared, key_of, user_of
+
+router = APIRouter(tags=["people"])
+
+
+@router.post("/v1/feedback", response_model=FeedbackView)
+async def feedback(request: Request, body: FeedbackRequest, hub: Shared, principal: Chatting) -> Response:
+    """Say what a user did after a reply. The answer means stored; the same act twice is one signal."""
+    speaking = principal.user_id or body.user or request.headers.get("x-flywheel-user")
+    user = await user_of(hub, request, principal, body.user)
+    message = await asyncio.to_thread(hub.store.message, body.message_id)
+    if message is None and (written := hub.being_written.get(body.message_id)) is not None:
+        await asyncio.wait([written], timeout=hub.config.server.timeout_s)  # the reply is still on its way
+        message = await asyncio.to_thread(hub.store.message, body.message_id)
+    if message is None or message.role != "assistant" or (speaking and message.user_id != user.id):
+        raise not_found("message", body.message_id, "message_id")
+    key = key_of(request, principal.id, user)
+    if key:
+        digest = body_digest(await request.body())
+        known = await asyncio.to_thread(hub.store.remembered, key)
+        if known is not None:
+            if known.body != digest:
+                raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
+            return Response(known.response, known.status, {"Idempotent-Replayed": "true"}, "application/json")
+    signal = signal_of(body, message.user_id, key, hub.clock())
+    answer = FeedbackView(
+        id=signal.id, message_id=signal.message_id, kind=signal.kind, value=signal.value, text=signal.text,
+        created_at=signal.created_at,
+    ).model_dump_json()  # fmt: skip
+    memory = ()
+    if key:
+        memory = (
+            Remembered(
+                id=key, user_id=message.user_id, body=digest, status=200, response=answer, created_at=hub.clock()
+            ),
+        )
+    await durable(put(hub, Events(signals=(signal,), remembered=memory)))
+    hub.metrics.signals.labels(signal.kind).inc()
+    return Response(answer, media_type="application/json")
+
+
+@router.post("/v1/conversations", status_code=201)
+async def open_conversation(
+    request: Request, body: ConversationRequest, hub: Shared, principal: Chatting
+) -> ConversationView:
+    """Begin to talk with a character; its greeting is the first message."""
+    user = await user_of(hub, request, principal, body.user)
+    character = await hub.cast.get(body.character)
+    if character is None:
+        raise not_found("character", body.character, "character")
+    known = greetings(character)
+    if body.greeting >= max(len(known), 1):
+        raise ApiError(422, "no_such_greeting", f"{character.name} has {len(known)} greetings.", "greeting")
+    at = hub.clock()
+    conversation = Conversation(
+        id=uuid7(at), user_id=user.id, character_id=character.id, character_version=character.version,
+        source=user.population, created_at=at,
+    )  # fmt: skip
+    greeting = ()
+    if known and known[body.greeting].strip():
+        greeting = (
+            Message(
+                id=derive_id("greeting", conversation.id, at=at), conversation_id=conversation.id, user_id=user.id,
+                role="assistant", content=known[body.greeting], created_at=at,
+            ),
+        )  # fmt: skip
+    await durable(put(hub, Events(users=(user,), conversations=(conversation,), messages=greeting)))
+    return _view(conversation.model_copy(update={"messages": greeting}), character)
+
+
+@router.get("/v1/conversations")
+async def conversations(
+    request: Request, hub: Shared, principal: Chatting, limit: int = Query(20, ge=1, le=100), before: str | None = None
+) -> ConversationList:
+    """The user's conversations, newest first."""
+    user = await user_of(hub, request, principal)
+    found = await asyncio.to_thread(hub.store.conversations_of, user.id, limit, before)
+    views = [_view(one, await _character(hub, one)) for one in found]
+    return ConversationList(data=tuple(views), next=found[-1].id if len(found) == limit else None)
+
+
+@router.get("/v1/conversations/{id}")
+async def conversation(id: str, request: Request, hub: Shared, principal: Chatting) -> ConversationView:
+    """A conversation with all its messages, alternatives included."""
+    user = await user_of(hub, request, principal)
+    found = await own_conversation(hub, id, user)
+    signals = await asyncio.to_thread(hub.store.signals_of, found.id)
+    picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
+    given: dict[str, list[SignalKind]] = {}
+    for one in signals:
+        given.setdefault(one.message_id, []).append(one.kind)
+    return _view(found, await _character(hub, found), picks, given)
+
+
+@router.get("/v1/me")
+async def me(request: Request, hub: Shared, principal: Chatting) -> MeView:
+    """What the service holds about the asking user."""
+    user = await user_of(hub, request, principal)
+    return MeView(id=user.id, consent=user.consent)
+
+
+@router.patch("/v1/me")
+async def change_me(request: Request, body: MeRequest, hub: Shared, principal: Chatting) -> MeView:
+    """Agree, or no longer agree, that messages are used for training: for all ever written."""
+    user = await user_of(hub, request, principal)
+    await durable(put(hub, Events(users=(user,))))
+    await asyncio.to_thread(hub.store.set_consent, user.id, body.consent)
+    hub.users.pop(user.id, None)
+    return MeView(id=user.id, consent=body.consent)
+
+
+def _view(
+    conversation: Conversation, character: Character | None,
+    picks: list[tuple[str, datetime]] | None = None, signals: dict[str, list[SignalKind]] | None = None,
+) -> ConversationView:  # fmt: skip
+    current = {message.id for message in path(conversation.messages, None, picks or ())}
+    return ConversationView(
+        id=conversation.id, character=conversation.character_id,
+        character_name=character.name if character else conversation.character_id, created_at=conversation.created_at,
+        messages=tuple(
+            MessageView(
+                id=one.id, role=one.role, content=one.content, parent_id=one.parent_id, fallback=one.fallback,
+                finish=one.finish, created_at=one.created_at.astimezone(UTC), current=one.id in current,
+                signals=tuple(dict.fromkeys((signals or {}).get(one.id, []))),
+            )
+            for one in conversation.messages
+        ),
+    )  # fmt: skip
+
+
+async def _character(hub: Hub, conversation: Conversation) -> Character | None:
+    known = await hub.cast.get(conversation.character_id)
+    if known is not None:
+        return known
+    return await asyncio.to_thread(hub.store.character, conversation.character_id, conversation.character_version)
