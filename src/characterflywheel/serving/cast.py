@@ -21,7 +21,7 @@ class Cast:
     async def refresh(self) -> None:
         """Read the characters now."""
         self._read_at = time.monotonic()  # whoever comes meanwhile takes the old ones instead of reading too
-        self._characters = await asyncio.to_thread(_approved, self._store)
+        self._characters = await asyncio.to_thread(self._store.cast)
 
     async def approved(self) -> dict[str, Character]:
         """By id, sorted by id."""
@@ -32,3 +32,10 @@ class Cast:
     async def get(self, id: str) -> Character | None:
         """A character that can be talked to; None where there is none."""
         return (await self.approved()).get(id)
+
+
+def greetings(character: Character) -> tuple[str, ...]:
+    """What a character may begin with: its greeting, then the alternate greetings of the card it came from."""
+    found = (character.card or {}).get("alternate_greetings")
+    more = [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+    return tuple(one for one in (character.greeting, *more) if one.strip())

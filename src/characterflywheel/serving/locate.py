@@ -60,7 +60,8 @@ async def _onward(hub: Hub, request: ChatRequest, character: Character, user: Us
     assert request.flywheel_conversation
     conversation = await own_conversation(hub, request.flywheel_conversation, user)
     character = await _its_character(hub, conversation, character)
-    picks = await asyncio.to_thread(hub.store.picks, conversation.id)
+    signals = await asyncio.to_thread(hub.store.signals_of, conversation.id)
+    picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
     before = path(conversation.messages, request.flywheel_parent, picks)
     if request.flywheel_parent and not before:
         raise not_found("message", request.flywheel_parent, "flywheel_parent")
@@ -98,9 +99,7 @@ async def _by_history(
         if tip is not None and tip.user_id == user.id:
             conversation = await own_conversation(hub, tip.conversation_id, user)
             before = path(conversation.messages, tip.message_id)
-            utterance = _utterance(
-                conversation.id, user, tip.message_id, last.text, at, conversation.created_at
-            )
+            utterance = _utterance(conversation.id, user, tip.message_id, last.text, at, conversation.created_at)
             character = await _its_character(hub, conversation, character)
             return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
     beginning = None if key else at  # ids that a retry must find again hold no time
@@ -114,8 +113,12 @@ async def _by_history(
         taken_in.append(
             Message(
                 id=derive_id("message", opened.id, parent, message.role, message.content, at=beginning),
-                conversation_id=opened.id, user_id=user.id, role=message.role, content=message.content,
-                parent_id=parent, created_at=at,
+                conversation_id=opened.id,
+                user_id=user.id,
+                role=message.role,
+                content=message.content,
+                parent_id=parent,
+                created_at=at,
             )  # fmt: skip
         )
     parent = taken_in[-1].id if taken_in else None

@@ -246,6 +246,16 @@ class EventStore:
         with self.read() as connection:
             return lookups.conversations_of(connection, user_id, limit, before_id)
 
+    def signals_of(self, conversation_id: str) -> list[Signal]:
+        """The signals on a conversation's messages, in order of arrival."""
+        with self.read() as connection:
+            return lookups.signals_of(connection, conversation_id)
+
+    def cast(self) -> dict[str, Character]:
+        """The characters in service by id: each at its newest approved version, unless it was retired."""
+        with self.read() as connection:
+            return lookups.cast(connection)
+
     def message(self, id: str) -> Message | None:
         """A message by id."""
         with self.read() as connection:

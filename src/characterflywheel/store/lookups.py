@@ -4,10 +4,10 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Table, func, select
 
-from ..records import Character, Conversation, Message, Record, Source
+from ..records import Character, Conversation, Message, Record, Signal, Source
 from ..service_records import ApiKey, Experiment, Publication
 from .rows import record
-from .schema import characters, conversations, experiments, keys, messages, publications, users
+from .schema import characters, conversations, experiments, keys, messages, publications, signals, users
 
 R = TypeVar("R", bound=Record)
 
@@ -69,6 +69,34 @@ def publications_in_force(connection: Connection) -> dict[str, Publication]:
     )
     found = connection.execute(wanted.order_by(publications.c.seq))
     return {row.character_id: record(Publication, row) for row in found}
+
+
+def cast(connection: Connection) -> dict[str, Character]:
+    """The characters in service by id, sorted by id: each at its newest approved version, unless it was retired.
+
+    A version's newest decision counts. Retiring any version takes the character out until a later approval.
+    """
+    order = (publications.c.character_id, publications.c.seq)
+    state: dict[str, dict[int, str]] = {}
+    for row in connection.execute(select(publications).order_by(*order)):
+        decided = state.setdefault(row.character_id, {})
+        if row.state == "retired":
+            decided.clear()
+        decided[row.version] = row.state
+    chosen = [
+        (id, max(version for version in decided if decided[version] == "approved"))
+        for id, decided in state.items()
+        if "approved" in decided.values()
+    ]
+    found = {id: character(connection, id, version) for id, version in chosen}
+    return {id: one for id, one in sorted(found.items()) if one is not None}
+
+
+def signals_of(connection: Connection, conversation_id: str) -> list[Signal]:
+    """The signals on a conversation's messages, in order of arrival."""
+    theirs = select(messages.c.id).where(messages.c.conversation_id == conversation_id)
+    found = connection.execute(select(signals).where(signals.c.message_id.in_(theirs)).order_by(signals.c.seq))
+    return [record(Signal, row) for row in found]
 
 
 def publication_history(connection: Connection, character_id: str) -> list[Publication]:
