@@ -80,13 +80,13 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="stop after this stage")] = None,
 ) -> None:
     """Turn the flywheel. Stages that are complete are not run again; after a kill, run the same command."""
-    from . import commands  # noqa: PLC0415
+    from . import commands, worlds  # noqa: PLC0415
 
     workspace = _open(folder)
     if plan:
         commands.plan(workspace, generations)
     else:
-        commands.run(workspace, generations, until)
+        commands.run(workspace, generations, until, commands.Meet(worlds.people_of, worlds.oracle_of))
 
 
 @app.command()

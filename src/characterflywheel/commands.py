@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import ledger
 from .errors import FlywheelError
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from .store import EventStore
 
 
-def run(workspace: Workspace, generations: int, until: str | None) -> None:
+class Meet(NamedTuple):
+    """How a run finds its people, and what their world knows; `cli` says, since nothing else knows the simulation."""
+
+    people_of: "Callable[[Workspace, FlywheelConfig, EventStore], People]"
+    oracle_of: "Callable[[People], Callable[[Bank], ledger.Truth] | None]"
+
+
+def run(workspace: Workspace, generations: int, until: str | None, meet: Meet) -> None:
     """Turn the flywheel until `generations` are complete; what is complete already is not done again.
 
     Raises:
@@ -27,7 +34,7 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
     config = workspace.config()
     complete = len(ledger.read(workspace.ledger))
     if complete < generations:
-        turn(workspace, config, range(complete + 1, generations + 1), until)
+        turn(workspace, config, range(complete + 1, generations + 1), until, meet)
     else:
         following = f"flywheel run {workspace.root} --generations {complete + 1}"
         print(f"{complete} complete; the next: {following}\nsettings that were changed since count from there")
@@ -37,16 +44,17 @@ def run(workspace: Workspace, generations: int, until: str | None) -> None:
         print(f"report: {write_report(workspace.root)}")
 
 
-def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int], until: str | None) -> None:
+def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int], until: str | None, meet: Meet) -> None:
     """Turn these generations, one after the other; with `until`, stop after that stage of the first."""
     with workspace.locked():
         from . import generation  # noqa: PLC0415 - torch only once nothing else stands in the way
         from .store import EventStore  # noqa: PLC0415
 
         with EventStore.open(workspace.database) as store:
-            people = people_of(workspace, config, store)
+            people = meet.people_of(workspace, config, store)
             for number in numbers:
-                row = generation.turn(workspace, config, store, people, number, until=until, oracle=oracle_of(people))
+                oracle = meet.oracle_of(people)
+                row = generation.turn(workspace, config, store, people, number, until=until, oracle=oracle)
                 if row is None:
                     print(f"stopped after {until}; the same command without --until goes on")
                     return
@@ -60,43 +68,6 @@ def plan(workspace: Workspace, generations: int) -> None:
     runner = Runner(workspace.artifacts)
     for stage in generation.plan(workspace, config, generations):
         print(f"{'complete' if runner.is_complete(stage) else 'to do':<9} {stage.folder_name}")
-
-
-def people_of(workspace: Workspace, config: "FlywheelConfig", store: "EventStore") -> "People":
-    """The people of this workspace: the embedded world's crowd, or those who really come."""
-    if config.world is None:
-        from .people import RealPeople  # noqa: PLC0415
-
-        return RealPeople(workspace.annotation)
-    from .llm.encoder import Encoder  # noqa: PLC0415
-    from .llm.models import encoder_folder  # noqa: PLC0415
-    from .simulation.world import SimulatedPeople  # noqa: PLC0415
-
-    threads = config.models.threads
-    return SimulatedPeople(
-        config.world, config.seed, store, Encoder(encoder_folder(config.models.encoder), threads), threads
-    )
-
-
-def oracle_of(people: "People") -> "Callable[[Bank], ledger.Truth] | None":
-    """What the embedded world knows of the lifts that truly exist; None where people are real."""
-    from .people import RealPeople  # noqa: PLC0415
-
-    if isinstance(people, RealPeople):
-        return None
-    from .simulation.world import SimulatedPeople  # noqa: PLC0415
-
-    assert isinstance(people, SimulatedPeople)
-
-    def truth(bank: "Bank") -> ledger.Truth:
-        lift = people.true_lift(bank)
-        note = (
-            f"for this bank of {len(bank.contexts)} contexts, over {lift.n:,} simulated people who lived through both "
-            "arms; other contexts would give other lifts"
-        )
-        return ledger.Truth(breadth_lift=lift.breadth, depth_lift=lift.depth, note=note)
-
-    return truth
 
 
 def show_experiment(workspace: Workspace, number: int | None, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from characterflywheel import commands, ledger, workspace
+from characterflywheel import commands, ledger, workspace, worlds
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import Estimate
 from characterflywheel.release import registry
@@ -50,7 +50,7 @@ def test_a_run_whose_generations_are_complete_says_how_to_go_on(
     made: Workspace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger.append(made.ledger, row(1).model_copy(update={"samples": None}))
-    commands.run(made, 1, None)
+    commands.run(made, 1, None, commands.Meet(worlds.people_of, worlds.oracle_of))
     out = capsys.readouterr().out
     assert out.startswith(f"1 complete; the next: flywheel run {made.root} --generations 2\n")
     assert out.endswith("index.html\n")
