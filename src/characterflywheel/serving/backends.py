@@ -18,8 +18,8 @@ from .guard import Counters, Guarded, Served
 from .replies import Backend, BackendBusy, BackendError, Chunk, Reply
 
 if TYPE_CHECKING:
-    from .endpoint import Upstream
     from .local import Worker
+    from .upstream import Upstream
 
 __all__ = [
     "Backend", "BackendBusy", "BackendError", "Backends", "Chunk", "Counters", "Guarded", "Reply", "Served",
@@ -109,7 +109,8 @@ class Backends:
 
             return Echo(name)
         if server.backend == "endpoint":
-            from .endpoint import Endpoint, Upstream  # noqa: PLC0415
+            from .endpoint import Endpoint  # noqa: PLC0415
+            from .upstream import Upstream  # noqa: PLC0415
 
             self._upstream = self._upstream or Upstream.from_config(server)
             return Endpoint(name, self._upstream)

@@ -50,8 +50,10 @@ class BackendBusy(BackendError):  # noqa: N818 - not a failure
 
     retry_after: float
 
-    def __init__(self, message: str, *, retry_after: float, code: str = "queue_full") -> None:
-        super().__init__(message, status=429, code=code, retry_after=retry_after, blames_backend=False)
+    def __init__(
+        self, message: str, *, retry_after: float, code: str = "queue_full", detail: str | None = None
+    ) -> None:
+        super().__init__(message, status=429, code=code, retry_after=retry_after, detail=detail, blames_backend=False)
 
 
 class Backend(Protocol):
