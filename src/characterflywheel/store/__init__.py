@@ -2,5 +2,6 @@
 
 from .database import StoreUnavailable
 from .events import EventStore, Position
+from .journal import Journal, JournalFull
 
-__all__ = ["EventStore", "Position", "StoreUnavailable"]
+__all__ = ["EventStore", "Journal", "JournalFull", "Position", "StoreUnavailable"]
