@@ -100,7 +100,7 @@ def _watch(metrics: Metrics, journal: Journal) -> None:
     metrics.watch("flywheel_journal_waiting", "requests whose rows wait for a commit", lambda: journal.waiting)
     metrics.watch("flywheel_journal_commits", "commits so far", lambda: journal.commits)
     metrics.watch("flywheel_journal_rows", "rows committed so far", lambda: journal.rows)
-    metrics.watch("flywheel_journal_commit_seconds", "the last commit, fsync included", lambda: journal.last_commit_s)
+    metrics.watch("flywheel_journal_commit_seconds", "the last commit, fsync included", lambda: journal.commit_seconds)
 
 
 async def _follow_releases(hub: Hub) -> None:

@@ -78,7 +78,9 @@ def act_of(request: FeedbackRequest) -> Act:
         kind = _ALIASES.get(name, name)
     if kind not in get_args(SignalKind) or kind == "continue":
         known = ", ".join(one for one in get_args(SignalKind) if one != "continue")
-        raise ApiError(422, "unknown_kind", f"Feedback of kind {request.kind!r} is not known; there are {known}.", "kind")
+        raise ApiError(
+            422, "unknown_kind", f"Feedback of kind {request.kind!r} is not known; there are {known}.", "kind"
+        )
     text = request.text if request.text is not None else request.value if isinstance(request.value, str) else None
     if kind == "rating" and (value is None or not 1 <= value <= 5):
         raise ApiError(422, "invalid_rating", f"A rating is a number from 1 to 5, not {request.value!r}.", "value")
@@ -97,7 +99,9 @@ def signal_of(request: FeedbackRequest, user_id: str, key: str | None, now: date
     if request.at is not None:
         at = request.at if request.at.tzinfo else request.at.replace(tzinfo=now.tzinfo)
         if at > now + _AHEAD:
-            raise ApiError(422, "time_ahead", f"at = {at.isoformat()} lies in the future; it is {now.isoformat()}.", "at")
+            raise ApiError(
+                422, "time_ahead", f"at = {at.isoformat()} lies in the future; it is {now.isoformat()}.", "at"
+            )
     name = (key,) if key else (request.message_id, user_id, act.kind, act.value, act.text)
     return Signal(
         id=derive_id("signal", *name), message_id=request.message_id, user_id=user_id, kind=act.kind, value=act.value,

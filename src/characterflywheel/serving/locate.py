@@ -110,17 +110,13 @@ async def _by_history(
     taken_in: list[Message] = []
     for message in history:
         parent = taken_in[-1].id if taken_in else None
+        id = derive_id("message", opened.id, parent, message.role, message.content, at=beginning)
         taken_in.append(
             Message(
-                id=derive_id("message", opened.id, parent, message.role, message.content, at=beginning),
-                conversation_id=opened.id,
-                user_id=user.id,
-                role=message.role,
-                content=message.content,
-                parent_id=parent,
-                created_at=at,
-            )  # fmt: skip
-        )
+                id=id, conversation_id=opened.id, user_id=user.id, role=message.role, content=message.content,
+                parent_id=parent, created_at=at,
+            )
+        )  # fmt: skip
     parent = taken_in[-1].id if taken_in else None
     utterance = _utterance(opened.id, user, parent, last.text, at, beginning)
     events = Events(users=(user,), conversations=(opened,), messages=(*taken_in, utterance))

@@ -32,9 +32,7 @@ def path(
     return found[::-1]
 
 
-def _newest(
-    messages: Sequence[Message], parents: dict[str, str | None], picked: Iterable[tuple[str, datetime]]
-) -> str:
+def _newest(messages: Sequence[Message], parents: dict[str, str | None], picked: Iterable[tuple[str, datetime]]) -> str:
     chosen = max(((at, id) for id, at in picked if id in parents), default=None)
     if chosen is None or chosen[0] < messages[-1].created_at:
         return messages[-1].id

@@ -1,21 +1,30 @@
 """`/v1/chat/completions` and `/v1/models`: OpenAI's API with characters as models (DESIGN section 10)."""
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from ..records import Character, User
 from ..service_records import Remembered
 from .backends import BackendError
 from .errors import ApiError, not_found
+from .event_stream import EventStream
+from .feedback import body_digest
 from .hub import Hub
 from .locate import locate
 from .schemas import (
-    ChatChunk, ChatCompletion, ChatRequest, Choice, ChunkChoice, Delta, ModelCard, ModelList, ReplyMessage, Usage,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    ChunkChoice,
+    Delta,
+    ModelCard,
+    ModelList,
+    ReplyMessage,
+    Usage,
 )  # fmt: skip
 from .turn import Said, Turn, begin, being_written, commit, pieces, replies, unanswered
 from .who import Chatting, Shared, key_of, user_of
@@ -33,14 +42,11 @@ async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chat
     if body.stream:
         if (body.n or 1) > 1:
             raise ApiError(400, "invalid_request", "A stream has one reply: ask for n = 1.", "n")
-        raw = hashlib.sha256(await request.body()).hexdigest()
+        raw = body_digest(await request.body())
         known = await _remembered(hub, key, raw) if key else None
         if known is not None:
-            return StreamingResponse(_replayed(known.response), media_type="text/event-stream")
-        turn = await _begin(hub, body, user, key)
-        events = _stream(hub, body, turn, key, raw)
-        first = await anext(events)  # a model that is not there is an HTTP error, not half a stream
-        return StreamingResponse(_rest(first, events), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+            return EventStream(_replayed(known.response))
+        return EventStream(_stream(hub, body, await _begin(hub, body, user, key), key, raw))
     if key is None:
         return Response(await _whole(hub, body, user, None, None), media_type=_JSON)
     return await _once(hub, key, await request.body(), body, user)
@@ -60,7 +66,7 @@ async def model(id: str, hub: Shared, principal: Chatting) -> ModelCard:
 
 async def _once(hub: Hub, key: str, raw: bytes, body: ChatRequest, user: User) -> Response:
     """A request with an idempotency key is answered once; whoever repeats it gets the same answer."""
-    digest = hashlib.sha256(raw).hexdigest()
+    digest = body_digest(raw)
     running = hub.being_answered.get(key)
     if running is not None:
         await asyncio.wait([running])
@@ -104,7 +110,7 @@ def _memory(hub: Hub, user: User, key: str | None, digest: str | None, answer: s
     return Remembered(id=key, user_id=user.id, body=digest, status=200, response=answer, created_at=hub.clock())
 
 
-async def _stream(hub: Hub, body: ChatRequest, turn: Turn, key: str | None, digest: str) -> AsyncIterator[bytes]:
+async def _stream(hub: Hub, body: ChatRequest, turn: Turn, key: str | None, digest: str) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. The chunk with the finish reason comes after the commit."""
     with being_written(hub, turn), hub.metrics.open_streams.track_inprogress():
         shown, said = "", None
@@ -136,7 +142,7 @@ async def _stream(hub: Hub, body: ChatRequest, turn: Turn, key: str | None, dige
         yield b"data: [DONE]\n\n"
 
 
-async def _replayed(answer: str) -> AsyncIterator[bytes]:
+async def _replayed(answer: str) -> AsyncGenerator[bytes, None]:
     """An answer that was given before, as a stream of one piece."""
     known = ChatCompletion.model_validate_json(answer)
     choice = known.choices[0]
@@ -150,12 +156,6 @@ async def _replayed(answer: str) -> AsyncIterator[bytes]:
     last = (ChunkChoice(delta=Delta(), finish_reason=choice.finish_reason),)
     yield _event(chunk.model_copy(update={"choices": last}).model_dump_json())
     yield b"data: [DONE]\n\n"
-
-
-async def _rest(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for event in events:
-        yield event
 
 
 async def _begin(hub: Hub, body: ChatRequest, user: User, key: str | None) -> Turn:
@@ -183,7 +183,10 @@ def _bounded(hub: Hub, body: ChatRequest) -> None:
     longest = max(len(message.text) for message in body.messages)
     if longest > bounds.max_message_chars:
         raise ApiError(
-            413, "message_too_long", f"A message of {longest} characters, at most {bounds.max_message_chars}.", "messages"
+            413,
+            "message_too_long",
+            f"A message of {longest} characters, at most {bounds.max_message_chars}.",
+            "messages",
         )
 
 
@@ -202,9 +205,7 @@ def _completion(turn: Turn, said: list[Said]) -> ChatCompletion:
     )  # fmt: skip
 
 
-def _chunk(
-    turn: Turn, said: Said, delta: Delta | None, reason: str | None = None, usage: Usage | None = None
-) -> str:
+def _chunk(turn: Turn, said: Said, delta: Delta | None, reason: str | None = None, usage: Usage | None = None) -> str:
     choices = () if delta is None else (ChunkChoice(delta=delta, finish_reason=reason),)  # type: ignore[arg-type]
     return ChatChunk(
         id=said.id, created=int(turn.asked.utterance.created_at.timestamp()), model=turn.asked.character.id,
@@ -234,6 +235,4 @@ def _usage(said: list[Said]) -> Usage | None:
 
 
 def _card(character: Character) -> ModelCard:
-    return ModelCard(
-        id=character.id, created=0, flywheel_name=character.name, flywheel_category=character.category
-    )
+    return ModelCard(id=character.id, created=0, flywheel_name=character.name, flywheel_category=character.category)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from fastapi import APIRouter, Query, Request, Response
 
 from ..ids import derive_id, uuid7
-from ..records import Character, Conversation, Message, SignalKind, User
+from ..records import Character, Conversation, Message, SignalKind
 from ..service_records import Events, Remembered
 from .cast import greetings
 from .errors import ApiError, not_found
@@ -15,7 +15,13 @@ from .hub import Hub
 from .locate import own_conversation
 from .paths import path
 from .schemas import (
-    ConversationList, ConversationRequest, ConversationView, FeedbackView, MeRequest, MessageView, MeView,
+    ConversationList,
+    ConversationRequest,
+    ConversationView,
+    FeedbackView,
+    MeRequest,
+    MessageView,
+    MeView,
 )  # fmt: skip
 from .turn import durable, put
 from .who import Chatting, Shared, key_of, user_of
@@ -47,7 +53,7 @@ async def feedback(request: Request, body: FeedbackRequest, hub: Shared, princip
         id=signal.id, message_id=signal.message_id, kind=signal.kind, value=signal.value, text=signal.text,
         created_at=signal.created_at,
     ).model_dump_json()  # fmt: skip
-    memory = ()
+    memory: tuple[Remembered, ...] = ()
     if key:
         memory = (
             Remembered(
@@ -76,7 +82,7 @@ async def open_conversation(
         id=uuid7(at), user_id=user.id, character_id=character.id, character_version=character.version,
         source=user.population, created_at=at,
     )  # fmt: skip
-    greeting = ()
+    greeting: tuple[Message, ...] = ()
     if known and known[body.greeting].strip():
         greeting = (
             Message(

@@ -223,4 +223,4 @@ class Health(Record):
     """`/healthz` and `/readyz`: whether each part works, in a word or a sentence."""
 
     status: Literal["ok", "unavailable"]
-    checks: dict[str, str] = {}
+    checks: dict[str, str] = Field(default_factory=dict)

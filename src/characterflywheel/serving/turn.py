@@ -8,10 +8,9 @@ once, so that it outlives a model that fails. What cannot be checked is not said
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import cast
 
 from ..cards import assemble
 from ..ids import derive_id, derive_seed, uuid7
@@ -21,7 +20,8 @@ from ..records import ChatMessage, Finish, Message, Signal
 from ..safety import SafetyVerdict
 from ..safety.moderator import Piece, screened
 from ..service_records import Events, Moderation, Remembered, Tip
-from ..store.journal import JournalFull, StoreUnavailable
+from ..store.database import StoreUnavailable
+from ..store.journal import JournalFull
 from .assignment import Assigned
 from .backends import Backend, BackendBusy, BackendError, Reply
 from .chat import LOST, decline
@@ -30,7 +30,9 @@ from .hub import Hub
 from .locate import Asked
 from .paths import digest
 from .schemas import ChatRequest
+from .telemetry import Span, chat_span
 
+_CANCELLED: Finish = "cancelled"
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,11 @@ class Turn:
     earlier: asyncio.Future[None]
     reply_ids: tuple[str, ...]
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def arm_name(self) -> str:
+        """`experiment/arm`; empty outside experiments."""
+        return f"{self.assigned.experiment}/{self.assigned.arm}" if self.assigned else ""
 
 
 @dataclass(frozen=True)
@@ -103,12 +110,14 @@ async def replies(hub: Hub, turn: Turn) -> list[Said]:
     """The whole replies of a turn, checked. They are not in the store yet: see `commit`."""
     if turn.refusal:
         return [_declined(turn, id) for id in turn.reply_ids]
-    with _timed(hub, turn):
+    with _timed(hub, turn) as span:
         found = await _backend(hub, turn).complete(turn.prompt, turn.sampling, _seed(hub, turn), len(turn.reply_ids))
-    return [await _checked(hub, turn, id, reply) for id, reply in zip(turn.reply_ids, found, strict=True)]
+        said = [await _checked(hub, turn, id, reply) for id, reply in zip(turn.reply_ids, found, strict=True)]
+        span.answered(said[0])
+    return said
 
 
-async def pieces(hub: Hub, turn: Turn) -> AsyncIterator[Said]:
+async def pieces(hub: Hub, turn: Turn) -> AsyncGenerator[Said, None]:
     """The one reply of a streamed turn, as it grows: each item holds all text that may be shown by now.
 
     The last item is final and not in the store yet. Where this is closed early, or the model fails in the middle, what
@@ -118,16 +127,17 @@ async def pieces(hub: Hub, turn: Turn) -> AsyncIterator[Said]:
     if turn.refusal:
         yield _declined(turn, id)
         return
-    shown, last, ending = "", Piece(""), cast(Finish, "cancelled")
+    shown, last, ending = "", Piece(""), _CANCELLED
     chunks = _backend(hub, turn).stream(turn.prompt, turn.sampling, _seed(hub, turn))
     try:
-        with _timed(hub, turn):
+        with _timed(hub, turn) as span:
             context = turn.asked.utterance.content
             async for last in screened(chunks, hub.moderator, context, hub.config.safety.hold):
                 shown += last.text
                 if last.text.strip():
                     yield Said(id, shown, "stop")
-        final = _final(turn, id, shown, last)
+            final = _final(turn, id, shown, last)
+            span.answered(final)
         shown = ""
         yield final
     except (BackendError, ApiError):
@@ -147,10 +157,9 @@ async def commit(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered 
     later = put(hub, _events(hub, turn, said, remembered))
     await durable(turn.earlier)
     await durable(later)
-    arm = f"{turn.assigned.experiment}/{turn.assigned.arm}" if turn.assigned else ""
     for one in said:
         kind = "fallback" if one.fallback else "reply"
-        hub.metrics.replies.labels(turn.model, arm, kind).inc()
+        hub.metrics.replies.labels(turn.model, turn.arm_name, kind).inc()
         for category in one.verdict.categories if one.verdict else ():
             hub.metrics.refused.labels("prompt" if turn.refusal else "reply", category).inc()
 
@@ -190,10 +199,15 @@ def _sampling(hub: Hub, request: ChatRequest) -> Sampling:
     )
 
 
+def estimated_tokens(text: str) -> int:
+    """At least as many tokens as models make of ordinary text: one for three bytes (English has about four)."""
+    return len(text.encode()) // 3 + 1
+
+
 def _prompt(hub: Hub, request: ChatRequest, asked: Asked) -> tuple[ChatMessage, ...]:
     history = [*asked.history, ChatMessage(role="user", content=asked.utterance.content)]
     budget, name = hub.config.server.max_prompt_tokens, request.flywheel_user_name or "User"
-    return tuple(assemble(asked.character, history, budget, hub.backends.count_tokens, name))
+    return tuple(assemble(asked.character, history, budget, estimated_tokens, name))
 
 
 def _backend(hub: Hub, turn: Turn) -> Backend:
@@ -205,10 +219,15 @@ def _seed(hub: Hub, turn: Turn) -> int:
 
 
 @contextmanager
-def _timed(hub: Hub, turn: Turn) -> Iterator[None]:
-    begin = time.monotonic()
+def _timed(hub: Hub, turn: Turn) -> Iterator[Span]:
+    """A span and a measurement around the model's work."""
+    begin, place = time.monotonic(), turn.asked
+    backend = hub.config.server.backend
     try:
-        yield
+        with chat_span(
+            turn.model, backend, place.character.id, place.conversation_id, turn.sampling, turn.arm_name
+        ) as span:
+            yield span
     finally:
         hub.metrics.model_seconds.labels(turn.model).observe(time.monotonic() - begin)
 
@@ -219,7 +238,8 @@ async def _checked(hub: Hub, turn: Turn, id: str, reply: Reply) -> Said:
     verdict = await hub.moderator.check(reply.text, context=turn.asked.utterance.content)
     if not verdict.allowed:
         return Said(id, decline(turn.asked.character), "stop", True, verdict, reply.text)
-    return Said(id, reply.text.strip(), reply.finish, False, verdict, None, reply.prompt_tokens, reply.completion_tokens)
+    tokens = (reply.prompt_tokens, reply.completion_tokens)
+    return Said(id, reply.text.strip(), reply.finish, False, verdict, None, *tokens)
 
 
 def _declined(turn: Turn, id: str) -> Said:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -19,7 +19,7 @@ def hub_of(request: Request) -> Hub:
     return hub
 
 
-def may(scope: str) -> Callable[[Request], Principal]:
+def may(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """A dependency that lets in whoever has `scope` (or `admin`), within the key's rate limit.
 
     Raises:

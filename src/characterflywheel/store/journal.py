@@ -39,7 +39,8 @@ class Journal:
     """Makes events durable from an event loop without blocking it.
 
     `commit_ms` is how long, in milliseconds, a commit waits for company; 0 commits at once what waits. To be read by
-    metrics: `commits` and `rows` so far, `failed` futures, `commit_seconds` of the last commit, `waiting` now.
+    metrics: `commits` and `rows` so far, `failed` futures, `commit_seconds` of the last commit, `waiting` now,
+    `trouble` why the store took nothing at the last try (None: it did).
     """
 
     def __init__(self, store: EventStore, max_waiting: int = 10_000, commit_ms: float = 0.0) -> None:
@@ -54,6 +55,7 @@ class Journal:
         self.rows = 0
         self.failed = 0
         self.commit_seconds = 0.0
+        self.trouble: str | None = None
         self._waiting = 0
         self._count = threading.Lock()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()  # None: nothing comes any more
@@ -133,6 +135,7 @@ class Journal:
         try:
             self.rows += self.store.append_all([entry.events for entry in batch])
         except StoreUnavailable as error:
+            self.trouble = str(error)
             _log.error("%d requests could not be stored: %s", len(batch), error)
             return [_Outcome(entry.done, error) for entry in batch]
         except Exception as error:  # a boundary: whatever a row brings about, the thread goes on
@@ -142,6 +145,7 @@ class Journal:
             half = len(batch) // 2
             return self._commit(batch[:half]) + self._commit(batch[half:])
         self.commits += 1
+        self.trouble = None
         self.commit_seconds = time.perf_counter() - began
         return [_Outcome(entry.done, None) for entry in batch]
 
