@@ -84,6 +84,9 @@ class SafetyConfig(Section):
     endpoint: str | None = Field(None, description="address of an OpenAI-compatible server with a guard model")
     endpoint_model: str | None = None
     endpoint_key_env: str = "FLYWHEEL_SAFETY_KEY"
+    endpoint_template: Literal["ours", "server"] = Field(
+        "ours", description="who tells the guard its task: our question, or its server's own chat template"
+    )
     timeout_s: float = Field(5, gt=0, description="a classifier that takes longer has failed: the text is not allowed")
     hold: Literal["sentence", "reply"] = Field(
         "sentence", description="how much of a streamed reply waits for its check before it is shown"

@@ -33,7 +33,7 @@ class Hangs:
         self.word = word
         self.closed = False
 
-    async def judge(self, text: str, context: str) -> tuple[str, ...]:
+    async def judge(self, text: str, context: str, subject: str) -> tuple[str, ...]:
         if self.word in text:
             await asyncio.sleep(3600)
         return ()

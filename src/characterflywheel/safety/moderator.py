@@ -17,7 +17,7 @@ from ..config import SafetyConfig
 from ..errors import FlywheelError
 from ..records import Finish
 from .caught import Caught
-from .policy import UNCHECKED, Classifier, SafetyPolicy, SafetyVerdict
+from .policy import UNCHECKED, Classifier, SafetyPolicy, SafetyVerdict, Subject
 
 READY_SECONDS = 10.0
 HELD_CHARS = 400
@@ -30,7 +30,7 @@ class Judge(Protocol):
 
     name: str
 
-    async def judge(self, text: str, context: str) -> tuple[str, ...]:
+    async def judge(self, text: str, context: str, subject: Subject) -> tuple[str, ...]:
         """The categories of harm in `text`, none if harmless; raises if it cannot tell."""
         ...
 
@@ -45,7 +45,7 @@ class Inline:
     def __init__(self, name: str, classifier: Classifier) -> None:
         self.name, self.classifier = name, classifier
 
-    async def judge(self, text: str, context: str) -> tuple[str, ...]:
+    async def judge(self, text: str, context: str, subject: Subject) -> tuple[str, ...]:
         """What the classifier finds; it cannot be interrupted, so it must be fast (microseconds a message)."""
         return self.classifier(text, context)
 
@@ -70,12 +70,15 @@ class Moderator:
         self.checks = 0
         self._ready_until = 0.0
 
-    async def check(self, text: str, *, context: str = "") -> SafetyVerdict:
-        """Judge `text`, which answers `context` (the message before it, empty if there is none). Never raises."""
+    async def check(self, text: str, *, context: str = "", subject: Subject = "reply") -> SafetyVerdict:
+        """Judge `text`, which answers `context` (the message before it, empty if there is none). Never raises.
+
+        `subject` tells a guard model whether the user or the character says it.
+        """
         self.checks += 1
         categories: set[str] = set()
         for judge in self.judges:
-            found = await self._ask(judge, text, context)
+            found = await self._ask(judge, text, context, subject)
             self.refused.update((judge.name, category) for category in found)
             categories.update(found)
         return SafetyVerdict(not categories, tuple(sorted(categories)))
@@ -88,7 +91,7 @@ class Moderator:
         if time.monotonic() < self._ready_until:
             return
         for judge in self.judges:
-            if found := await self._ask(judge, "Hello! How are you?", ""):
+            if found := await self._ask(judge, "Hello! How are you?", "", "prompt"):
                 raise FlywheelError(f"safety classifier {judge.name!r} finds {found} in a greeting; is it running?")
         self._ready_until = time.monotonic() + READY_SECONDS
 
@@ -97,10 +100,10 @@ class Moderator:
         for judge in self.judges:
             await judge.close()
 
-    async def _ask(self, judge: Judge, text: str, context: str) -> tuple[str, ...]:
+    async def _ask(self, judge: Judge, text: str, context: str, subject: Subject) -> tuple[str, ...]:
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await judge.judge(text, context)
+                return await judge.judge(text, context, subject)
         except Exception as error:  # the boundary of fail-closed: whatever went wrong, the text was not checked
             self.caught.note(judge.name, error)
             return (UNCHECKED,)
@@ -109,16 +112,22 @@ class Moderator:
 def make_moderator(config: SafetyConfig) -> Moderator:
     """The classifiers that the configuration names. Raises `FlywheelError` for one that cannot be made."""
     caught = Caught()
-    makers = {"rules": _rules}
+    makers = {"rules": _rules, "endpoint": _endpoint}
     if unknown := [name for name in config.classifiers if name not in makers]:
         raise FlywheelError(f"safety.classifiers = {unknown}: not available; there are {', '.join(makers)}.")
-    judges = [makers[name](config, caught) for name in config.classifiers]
+    judges = [make(config, caught) for name, make in makers.items() if name in config.classifiers]
     return Moderator(judges, config.timeout_s, caught)
 
 
 def _rules(config: SafetyConfig, caught: Caught) -> Judge:
     policy = SafetyPolicy(caught=caught)
     return Inline("rules", lambda text, context: policy.check(text, context=context).categories)
+
+
+def _endpoint(config: SafetyConfig, caught: Caught) -> Judge:
+    from .endpoint import EndpointJudge  # noqa: PLC0415
+
+    return EndpointJudge.from_config(config)
 
 
 class Streamed(Protocol):

@@ -6,7 +6,7 @@ annotation and training.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .caught import Caught
 from .classifiers import agrees_with_harm, harmful_words
@@ -15,6 +15,9 @@ Classifier = Callable[[str, str], tuple[str, ...]]
 """`classifier(text, context)` names the categories of harm that it finds in `text`; none means harmless."""
 
 UNCHECKED = "unchecked"
+
+Subject = Literal["prompt", "reply"]
+"""Whose words are judged: the user's, or a reply and whatever else a character says."""
 
 
 class SafetyVerdict(NamedTuple):
