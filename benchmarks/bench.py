@@ -1,15 +1,9 @@
-"""What the benchmarks share: models to measure, interleaved timing, and a record of the machine and the command."""
+"""What the benchmarks of models share: models to measure, their options, and interleaved timing."""
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import shlex
-import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +28,7 @@ RANDOM: Mapping[str, LlamaConfig] = {
         num_key_value_heads=1, initializer_range=0.2, **COMMON,
     ),
 }  # fmt: skip
+VERSIONS = ("torch", "transformers", "ctranslate2", "characterflywheel")
 MODELS = f"a Hugging Face folder, package:NAME, or untrained weights: {', '.join(RANDOM)}"
 
 
@@ -97,51 +92,3 @@ def _now(device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def circumstances(args: argparse.Namespace, device: str = "cpu") -> dict[str, object]:
-    """Hardware, threads, versions, command and settings: what someone needs to repeat the measurement."""
-    names = ("torch", "transformers", "ctranslate2", "characterflywheel")
-    versions = {name: _version(name) for name in names}
-    return {
-        "hardware": torch.cuda.get_device_name(device) if device != "cpu" else _processor(),
-        "cores": os.cpu_count(), "threads": args.threads, "load_before": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), **versions},
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"},
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def show(about: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print what was measured on and a table; numbers get three significant digits."""
-    cells = [[f"{c:.3g}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in (list(header), *cells)) for i in range(len(header))]
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-    print(f"$ {about['command']}\n{about['hardware']}, {about['cores']} cores, {about['threads']} threads, "
-          f"load {about['load_before']:.1f} when it began\n{versions}\n")  # fmt: skip
-    for row in (list(header), *cells):
-        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
-
-
-def write(path: Path | None, figures: Mapping[str, object]) -> None:
-    if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import bench
+import record
 from characterflywheel.llm import Sampling
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.llm.ct2 import CTranslate2Model
@@ -111,7 +112,7 @@ def measure(run: dict[str, Callable[..., int]], asked: Prompts, n: int, args: ar
 
     spent = bench.seconds({name: counted(name) for name in run}, args.repeats)
     rounds = {name: [count / s for count, s in zip(drawn[name][1:], spent[name], strict=True)] for name in run}
-    middle = {name: bench.median(values) for name, values in rounds.items()}
+    middle = {name: record.median(values) for name, values in rounds.items()}
     return {
         "prompts": len(asked), "replies": n, "prompt_tokens": sum(len(h) + len(r) for h, r in asked) / len(asked),
         "tokens_per_second": {name: middle.get(name) for name in ("generate", "native", "ctranslate2")},
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--generate-dtype", choices=("float32", "bfloat16"), help="default: the native backend's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    about = bench.circumstances(args)
+    about = record.circumstances(args, bench.VERSIONS)
     with tempfile.TemporaryDirectory() as scratch:
         if args.model in bench.RANDOM:
             os.environ["FLYWHEEL_CACHE"] = scratch  # nothing will want this conversion again
@@ -143,13 +144,13 @@ def main() -> None:
         }
     print("dtype: " + ", ".join(f"{name} {args.dtypes[name]}" for name in run))
     names = [f"{a}/{b}" for a, b in RATIOS]
-    bench.show(
+    record.show(
         about, ("tokens/s", "generate", "native", "ctranslate2", *names),
         [(f"{case.replace('_', ' ')}, {found['prompts']} x {found['replies']}", *found["tokens_per_second"].values(),
           *found["ratios"].values()) for case, found in cases.items()],
     )  # fmt: skip
     missing = None if "ctranslate2" in run else "the optional package ctranslate2 is not installed"
-    bench.write(args.json, about | {"dtypes": args.dtypes, "cases": cases, "ctranslate2_missing": missing})
+    record.write(args.json, about | {"dtypes": args.dtypes, "cases": cases, "ctranslate2_missing": missing})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bench
+import record
 from characterflywheel.llm.shared_prefix import reply_logprobs
 
 SHARED, PADDED, LEAN = "shared prefix", "padded batch", "padded batch, reply logits only"
@@ -73,7 +74,7 @@ def measure(model: Any, dtype: torch.dtype, args: argparse.Namespace) -> dict[st
     del norms, apart
     run = {name: partial(step, model, loss, dtype, args.device) for name, loss in contenders.items()}
     spent = bench.seconds(run, args.repeats, args.device)
-    middle = {name: bench.median(values) for name, values in spent.items()}
+    middle = {name: record.median(values) for name, values in spent.items()}
     return {
         "dtype": str(dtype).removeprefix("torch."), "loss": found[PADDED],
         "loss_difference": abs(found[SHARED] - found[PADDED]), "gradient_difference": relative,
@@ -90,17 +91,17 @@ def main() -> None:
     parser.add_argument("--reply-tokens", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    about = bench.circumstances(args, args.device)
+    about = record.circumstances(args, bench.VERSIONS, args.device)
     model = bench.model(args.model, args.device)
     rows: list[Any] = [measure(model, dtype, args) for dtype in (torch.float32, torch.bfloat16)]
     print(f"{args.replies} replies of {args.reply_tokens} tokens after a prompt of {args.prompt_tokens}")
-    bench.show(
+    record.show(
         about, ("dtype", "loss diff", "grad diff", "s shared", "s padded", "s lean", "speedup", "vs lean"),
         [(r["dtype"], r["loss_difference"], r["gradient_difference"], *r["seconds"].values(), r["speedup"],
           r["speedup_reply_logits_only"]) for r in rows],
     )  # fmt: skip
     keys = ("speedup", "speedup_reply_logits_only", "loss_difference", "gradient_difference")
-    bench.write(args.json, about | {"rows": rows} | {key: rows[0][key] for key in keys})
+    record.write(args.json, about | {"rows": rows} | {key: rows[0][key] for key in keys})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What someone needs to repeat a measurement: hardware, versions, command, settings; and how figures are shown."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def circumstances(args: argparse.Namespace, packages: Sequence[str], device: str = "cpu") -> dict[str, object]:
+    """Hardware, threads where they are set, load, versions of `packages`, command and settings."""
+    return {
+        "hardware": _accelerator(device) if device != "cpu" else _processor(),
+        "cores": os.cpu_count(), "threads": getattr(args, "threads", None), "load_before": os.getloadavg()[0],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"},
+    }  # fmt: skip
+
+
+def version(name: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def show(about: Mapping[str, Any], header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print what was measured on and a table; numbers get three significant digits."""
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
+    threads = f"{about['threads']} threads, " if about["threads"] else ""
+    print(f"$ {about['command']}\n{about['hardware']}, {about['cores']} cores, {threads}"
+          f"load {about['load_before']:.1f} when it began\n{versions}\n")  # fmt: skip
+    table(header, rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table with the first column to the left; `-` is what was not measured."""
+    cells = [[f"{c:.3g}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in (list(header), *cells)) for i in range(len(header))]
+    for row in (list(header), *cells):
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+def write(path: Path | None, figures: Mapping[str, object]) -> None:
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _accelerator(device: str) -> str:
+    import torch  # noqa: PLC0415
+
+    return str(torch.cuda.get_device_name(device))
