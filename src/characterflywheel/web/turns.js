@@ -1,0 +1,56 @@
+// A conversation as turns: what the user said, and the replies to it, of which one is gone on from. No page here.
+
+/**
+ * A turn: `said` is the user's message (null where the character began); `replies` its alternatives in order of
+ * arrival; `chosen` the one that the conversation goes on from, `viewed` the one that is shown; `trouble` why there
+ * is no reply.
+ */
+export const newTurn = (said, replies = []) => ({
+  said, replies, chosen: replies.length - 1, viewed: replies.length - 1, trouble: null,
+});
+
+/** A reply, from the service's message or while it is being written (`id` null until the service names it). */
+export const newReply = (message = {}) => ({
+  id: message.id ?? null,
+  text: message.content ?? "",
+  fallback: message.fallback ?? false,
+  finish: message.finish ?? null,
+  signals: new Set(message.signals ?? []),
+  writing: false,
+});
+
+/** The turns of a conversation's current path. Replies to the same message are alternatives. */
+export function turnsOf(messages) {
+  const turns = [];
+  for (const message of messages.filter((one) => one.current)) {
+    if (message.role === "user") {
+      turns.push(newTurn({ id: message.id, text: message.content }));
+    } else if (message.role === "assistant") {
+      let turn = turns.at(-1);
+      if (!turn || turn.replies.length) turns.push((turn = newTurn(null)));
+      const others = message.parent_id
+        ? messages.filter((one) => one.role === "assistant" && one.parent_id === message.parent_id)
+        : [message];
+      turn.replies = others.map(newReply);
+      turn.chosen = turn.viewed = others.indexOf(message);
+    }
+  }
+  return turns;
+}
+
+/** The reply that the conversation stands at, or null. */
+export function standsAt(turns) {
+  const answered = turns.findLast((turn) => turn.replies.length && turn.replies[turn.chosen].id);
+  return answered ? answered.replies[answered.chosen] : null;
+}
+
+/** Whether the user went back to an older reply, so that going on from it is a choice. */
+export const wentBack = (turn) => Boolean(turn && turn.replies.length > 1 && turn.chosen !== turn.replies.length - 1);
+
+/** What a character can begin with: its greeting and its card's alternates, its macros filled in. */
+export function greetingsOf(character) {
+  const others = character.card?.alternate_greetings ?? [];
+  return [character.greeting, ...others].map((text) =>
+    String(text).replaceAll(/\{\{char\}\}|<BOT>/gi, character.name).replaceAll(/\{\{user\}\}|<USER>/gi, "you"),
+  );
+}
