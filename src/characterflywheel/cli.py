@@ -196,6 +196,27 @@ def import_judgements(folder: Folder, file: Annotated[Path, typer.Argument(metav
 
 
 @app.command()
+def serve(
+    folder: Folder,
+    backend: Annotated[
+        Literal["native", "endpoint", "echo"] | None,
+        typer.Option(help="who writes the replies; default: as configured"),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on; default: as configured")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free one")] = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help="an OpenAI-compatible server to ask")] = None,
+) -> None:
+    """Let people talk to the characters: OpenAI's API, feedback, and the web page."""
+    workspace = _open(folder)
+    config = workspace.config()
+    given = {"backend": backend or ("endpoint" if endpoint else None), "host": host, "port": port, "endpoint": endpoint}
+    server = config.server.model_copy(update={name: value for name, value in given.items() if value is not None})
+    from .serving.serve import serve  # noqa: PLC0415
+
+    serve(workspace, config.model_copy(update={"server": server}))
+
+
+@app.command()
 def promote(
     folder: Folder,
     generation: Annotated[int, typer.Argument(min=1, help="whose model to put into service")],
