@@ -29,6 +29,11 @@ def derive_id(*parts: object, at: datetime | None = None) -> str:
     return uuid7(moment, random.Random(derive_seed(*parts)))
 
 
+def prompt_id(message_id: str, at: datetime) -> str:
+    """The id of the prompt that ends with a user's message, written `at`; erasure finds dropped prompts by it."""
+    return derive_id("prompt", message_id, at=at)
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from a name, e.g. `derive_seed(config.seed, "sft", 3)`; independent for different parts."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()

@@ -245,12 +245,16 @@ class Preference(Record):
 
 
 class Dropped(Record):
-    """Something a filter did not keep, and why. Filters return what they kept and what they dropped."""
+    """Something a filter did not keep, and why. Filters return what they kept and what they dropped.
+
+    `prompt_id` is the prompt that it was made from, where it is none itself.
+    """
 
     id: str
     stage: str
     reason: str
     detail: str = ""
+    prompt_id: str | None = None
 
 
 class Example(Record):

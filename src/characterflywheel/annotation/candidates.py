@@ -150,10 +150,14 @@ def _distinct(drawn: Sequence[Candidate], prompt_ids: Sequence[str]) -> Drawn:
         for candidate in candidates:
             key = " ".join(candidate.text.casefold().split())
             if not key:
-                dropped.append(Dropped(id=candidate.id, stage=STAGE, reason="empty", detail=candidate.policy))
+                reason, detail = "empty", candidate.policy
             elif key in seen:
-                dropped.append(Dropped(id=candidate.id, stage=STAGE, reason="duplicate", detail=f"of {seen[key]}"))
+                reason, detail = "duplicate", f"of {seen[key]}"
             else:
                 seen[key] = candidate.id
                 kept.append(candidate)
+                continue
+            dropped.append(
+                Dropped(id=candidate.id, stage=STAGE, reason=reason, detail=detail, prompt_id=candidate.prompt_id)
+            )
     return Drawn(tuple(kept), tuple(dropped))

@@ -62,7 +62,9 @@ def make_pairs(reviewed: Sequence[Reviewed], config: AnnotateConfig, seed: int) 
             reason = _reason(choice, one.prompt, config)
             if reason:
                 detail = f"{choice.chosen.policy} over {choice.rejected.policy}"
-                dropped.append(Dropped(id=choice.id, stage=STAGE, reason=reason, detail=detail))
+                dropped.append(
+                    Dropped(id=choice.id, stage=STAGE, reason=reason, detail=detail, prompt_id=one.prompt.id)
+                )
             else:
                 kept.append(_preference(choice, one.prompt, one.prompt.user_id in held_out))
         if one.prompt.user_id not in held_out:

@@ -83,7 +83,7 @@ def _turns(conversation: Conversation, character: Character) -> Iterator[Turn]:
             spoken += 1
             if after is not None and after.role == "assistant":
                 yield Turn(
-                    ids.derive_id("prompt", message.id, at=message.created_at),
+                    ids.prompt_id(message.id, message.created_at),
                     conversation.id, conversation.user_id, conversation.source, conversation.character_id,
                     tuple(history), spoken, message.created_at,
                 )  # fmt: skip

@@ -36,7 +36,7 @@ def mix(examples: Sequence[Example], weights: Mapping[str, float], epochs: int, 
     for example in sorted(examples, key=lambda e: e.id):
         key = (example.prompt_id, example.messages[-1].content)
         if key in seen:
-            dropped.append(Dropped(id=example.id, stage="sft", reason="duplicate"))
+            dropped.append(Dropped(id=example.id, stage="sft", reason="duplicate", prompt_id=example.prompt_id))
             continue
         seen.add(key)
         distinct.setdefault(example.source, []).append(example)

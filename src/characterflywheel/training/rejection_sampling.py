@@ -160,7 +160,9 @@ def _rank(candidates: Sequence[Candidate], safety: SafetyPolicy, dropped: list[D
         elif not safety.check(candidate.text).allowed:
             reason = "unsafe"
         if reason:
-            dropped.append(Dropped(id=candidate.id, stage="rejection_sampling", reason=reason))
+            dropped.append(
+                Dropped(id=candidate.id, stage="rejection_sampling", reason=reason, prompt_id=candidate.prompt_id)
+            )
         else:
             seen.add(candidate.text)
             kept.append(candidate)

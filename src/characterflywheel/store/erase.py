@@ -1,0 +1,194 @@
+"""The one door through which rows leave the event store: a person's on request, old conversations by retention.
+
+What a person left is found as in files (`lineage`): by the kind of id that a column holds, parents before children, so
+a new table is covered without a word here. One transaction lifts the triggers that keep events as they are, deletes,
+and sets them again; `compact` then takes the bytes out of the database's files.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import Column, ColumnElement, Connection, MetaData, Select, Table, exists, false, func, or_, select
+from sqlalchemy import Text as SqlText
+
+from ..errors import FlywheelError
+from ..ids import prompt_id
+from ..lineage import Ids, Kind, kind_of
+from . import schema
+from .events import EventStore
+from .rows import microseconds
+from .schema import conversations, messages, remembered, signals
+
+_AT_ONCE = 10_000
+_TEXTS = (schema.signals.c.text, schema.moderations.c.withheld)
+_erasing = Table("erasing", MetaData(), Column("kind", SqlText), Column("id", SqlText), prefixes=["TEMPORARY"])
+
+
+class Found(NamedTuple):
+    """What the store holds of those to be erased: ids of every kind, what they wrote, and rows by table.
+
+    `ids.row` also has the ids that curation gives to prompts, which follow from their messages.
+    """
+
+    ids: Ids
+    texts: set[str]
+    rows: dict[str, int]
+
+
+def erase(store: EventStore, ids: Ids, note: Callable[[Found], None]) -> dict[str, int]:
+    """Delete every row of these users and conversations in one durable transaction; returns how many by table.
+
+    A conversation in which a user spoke goes whole: its replies answer their words. `note` is told what was found
+    before anything is deleted, and nothing is deleted where it raises.
+    """
+    with store.erasing() as connection:
+        rows = _gather(connection, ids)
+        note(Found(_ids(connection), _texts(connection), rows))
+        _delete(connection, rows)
+        return rows
+
+
+def retire(store: EventStore, before: datetime) -> dict[str, int]:
+    """Delete conversations that nobody has touched since `before`, with all that hangs on them; rows by table.
+
+    Touched: begun, written in, or a reply of it reacted to. Answers kept for repeated requests go by their own age.
+    Users and their exposures stay, and so does what was derived from the conversations: see `erase.retain`.
+    """
+    with store.erasing() as connection:
+        rows = _gather(connection, Ids(set(), set(connection.scalars(untouched(before))), set()))
+        _delete(connection, rows)
+        rows["remembered"] = rows.get("remembered", 0) + forget_answers(connection, before)
+        return {name: count for name, count in rows.items() if count}
+
+
+def untouched(before: datetime) -> Select[tuple[str]]:
+    """The ids of conversations in which nothing has happened since `before`."""
+    moment = microseconds(before)
+    said = exists().where(messages.c.conversation_id == conversations.c.id, messages.c.created_at >= moment)
+    reacted = exists().where(
+        messages.c.conversation_id == conversations.c.id, signals.c.message_id == messages.c.id,
+        signals.c.created_at >= moment,
+    )  # fmt: skip
+    return select(conversations.c.id).where(conversations.c.created_at < moment, ~said, ~reacted)
+
+
+def forget_answers(connection: Connection, before: datetime) -> int:
+    """Delete the answers kept for repeated requests that are older than `before`; returns how many."""
+    return connection.execute(remembered.delete().where(remembered.c.created_at < microseconds(before))).rowcount
+
+
+def remaining(store: EventStore, ids: Ids) -> dict[str, int]:
+    """How many rows of each table still name one of `ids`; tables without any are left out."""
+    with store.read() as connection:
+        return {name: count for name, count in _gather(connection, ids).items() if count}
+
+
+def texts(store: EventStore, columns: Iterable[Column[str]]) -> Iterator[tuple[str, str]]:
+    """Every text in these columns of the store, each with `table.column`."""
+    with store.read() as connection:
+        for column in columns:
+            rows = connection.execution_options(yield_per=_AT_ONCE).execute(select(column).where(column.is_not(None)))
+            for (value,) in rows:
+                yield f"{column.table.name}.{column.name}", value
+
+
+def text_columns() -> list[Column[str]]:
+    """Every column of the store that holds text."""
+    tables = schema.METADATA.sorted_tables
+    return [column for table in tables for column in table.columns if isinstance(column.type, SqlText)]
+
+
+def compact(store: EventStore, patience_s: float = 60) -> None:
+    """Take deleted bytes out of the database's files, beside a service that goes on reading and writing.
+
+    SQLite rewrites the file without free pages, then empties its log. PostgreSQL marks the space as free to use again;
+    its own log and its backups are its keeper's.
+
+    Raises FlywheelError where a reader keeps SQLite's log open for longer than `patience_s`.
+    """
+    if store.dialect == "postgresql":
+        with closing(store._engine.raw_connection()) as pooled:
+            vacuum: Any = pooled.driver_connection
+            vacuum.autocommit = True  # VACUUM refuses to run in a transaction
+            for table in schema.METADATA.sorted_tables:
+                vacuum.execute(f"VACUUM {table.name}")
+            vacuum.autocommit = False
+        return
+    with closing(sqlite3.connect(store.path, isolation_level=None, timeout=patience_s)) as connection:
+        deadline = time.monotonic() + patience_s
+        connection.execute("PRAGMA secure_delete=ON")
+        connection.execute("VACUUM")
+        while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # a reader is in the log
+            if time.monotonic() > deadline:
+                raise FlywheelError(
+                    f"{store.path}-wal could not be emptied for {patience_s:g} s, because a process keeps reading the "
+                    "store: end it, and give the command again."
+                )
+            time.sleep(0.05)
+
+
+def _gather(connection: Connection, ids: Ids) -> dict[str, int]:
+    """Put `ids` and the ids of every row that came from them into the temporary table `erasing`; rows by table."""
+    connection.exec_driver_sql("DROP TABLE IF EXISTS erasing")
+    _erasing.create(connection)
+    _add(connection, "user", ids.user)
+    spoke = select(messages.c.conversation_id).where(messages.c.user_id.in_(_of("user")))
+    _add(connection, "conversation", ids.conversation | set(connection.scalars(spoke)))
+    _add(connection, "row", ids.row)
+    rows = {}
+    for table in schema.METADATA.sorted_tables:
+        rows[table.name] = connection.scalar(select(func.count()).select_from(table).where(_theirs(table))) or 0
+        kind = kind_of("id", table.name)
+        if rows[table.name] and kind:
+            new = set(connection.scalars(select(table.c.id).where(_theirs(table)))) - _known(connection, kind)
+            _add(connection, kind, new)
+    return rows
+
+
+def _delete(connection: Connection, rows: dict[str, int]) -> None:
+    for table in reversed(schema.METADATA.sorted_tables):
+        if rows[table.name]:
+            rows[table.name] = connection.execute(table.delete().where(_theirs(table))).rowcount
+
+
+def _theirs(table: Table) -> ColumnElement[bool]:
+    """The rows of a table that name an id of the table `erasing`. A message's parent is of its own conversation."""
+    named = [(column, kind_of(column.name, table.name)) for column in table.columns if column.name != "parent_id"]
+    return or_(false(), *(column.in_(_of(kind)) for column, kind in named if kind))
+
+
+def _of(kind: Kind) -> Select[tuple[str]]:
+    return select(_erasing.c.id).where(_erasing.c.kind == kind)
+
+
+def _known(connection: Connection, kind: Kind) -> set[str]:
+    return set(connection.scalars(_of(kind)))
+
+
+def _add(connection: Connection, kind: Kind, ids: Iterable[str]) -> None:
+    rows = [{"kind": kind, "id": one} for one in sorted(ids)]
+    if rows:
+        connection.execute(_erasing.insert(), rows)
+
+
+def _ids(connection: Connection) -> Ids:
+    found = Ids(*(_known(connection, kind) for kind in ("user", "conversation", "row")))
+    said = select(messages.c.id, messages.c.created_at).where(messages.c.role == "user", _theirs(messages))
+    at = datetime(1970, 1, 1, tzinfo=UTC)
+    found.row.update(prompt_id(one, at + timedelta(microseconds=moment)) for one, moment in connection.execute(said))
+    return found
+
+
+def _texts(connection: Connection) -> set[str]:
+    """What people wrote in the rows of `erasing`: a reply counts where another person stands behind it."""
+    wrote = select(messages.c.content).join(conversations).where(
+        _theirs(messages), or_(messages.c.role == "user", messages.c.user_id != conversations.c.user_id)
+    )  # fmt: skip
+    found = set(connection.scalars(wrote))
+    for column in _TEXTS:
+        found.update(connection.scalars(select(column).where(_theirs(column.table), column.is_not(None))))
+    return found
