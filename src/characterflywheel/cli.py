@@ -25,11 +25,13 @@ app = typer.Typer(
     help="Make the language model behind AI characters better company, generation after generation.",
 )
 characters_app = typer.Typer(no_args_is_help=True, help="List, show and check the workspace's characters.")
-experiment_app = typer.Typer(no_args_is_help=True, help="Read the experiments on real or simulated users.")
+experiment_app = typer.Typer(no_args_is_help=True, help="Start, ramp, stop and read experiments on users.")
+keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke the chat service's API keys.")
 annotate_app = typer.Typer(no_args_is_help=True, help="Carry tasks to annotators and their judgements back.")
 app.add_typer(characters_app, name="characters")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(annotate_app, name="annotate")
+app.add_typer(keys_app, name="keys")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the workspace's folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -125,7 +127,7 @@ def import_(
     from .store import EventStore  # noqa: PLC0415
 
     characters = load_characters(workspace.characters).values()
-    with workspace.locked(), EventStore.open(workspace.database) as store, progress(f"import {file.name}") as advance:
+    with workspace.locked(), EventStore.open(workspace.events) as store, progress(f"import {file.name}") as advance:
         store.add_characters(characters)
         found = import_file(store, file, format, workspace.rejected, advance)
     typer.echo(f"{found.conversations} conversations, {found.messages} messages, {found.added} of them new")
@@ -172,6 +174,76 @@ def show_experiment(
     from . import commands  # noqa: PLC0415
 
     commands.show_experiment(_open(folder), generation, as_json)
+
+
+@experiment_app.command("start")
+def start_experiment(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="a name that no experiment had before")],
+    arm: Annotated[list[str], typer.Option(metavar="ARM=MODEL:SHARE", help="control and treatment: control=base:0.1")],
+) -> None:
+    """Assign a share of users to each arm, whose model answers them from now on."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.start_experiment(_open(folder), name, arm)
+
+
+@experiment_app.command("ramp")
+def ramp_experiment(
+    folder: Folder,
+    name: Annotated[str, typer.Argument()],
+    share: Annotated[list[str], typer.Option(metavar="ARM=SHARE", help="the arm's new share of all users")],
+) -> None:
+    """Raise arms' shares; users stay in the arms they are in."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.ramp_experiment(_open(folder), name, share)
+
+
+@experiment_app.command("stop")
+def stop_experiment(folder: Folder, name: Annotated[str, typer.Argument()]) -> None:
+    """End an experiment for good: everybody meets the model in service again."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.stop_experiment(_open(folder), name)
+
+
+@experiment_app.command("list")
+def list_experiments(folder: Folder, as_json: AsJson = False) -> None:
+    """The experiments of the chat service, one a line."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.list_experiments(_open(folder), as_json)
+
+
+@keys_app.command("create")
+def create_key(
+    folder: Folder,
+    scope: Annotated[list[str], typer.Option(help="what the key opens: chat, characters, review, experiments, admin")],
+    name: Annotated[str, typer.Option(help="what it is for")] = "",
+    user: Annotated[str | None, typer.Option(help="the one user it speaks for; any user if not said")] = None,
+    days: Annotated[float | None, typer.Option(help="days until it expires; never if not said")] = None,
+) -> None:
+    """Print a new API key, the only time that it is shown."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.create(_open(folder), name, scope, user, days)
+
+
+@keys_app.command("list")
+def list_keys(folder: Folder, as_json: AsJson = False) -> None:
+    """The keys by id, what they open, and whether they still do."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.list_keys(_open(folder), as_json)
+
+
+@keys_app.command("revoke")
+def revoke_key(folder: Folder, key: Annotated[str, typer.Argument(help="the key's id")]) -> None:
+    """Take a key out of use; a running service refuses it within seconds."""
+    from . import service_commands  # noqa: PLC0415
+
+    service_commands.revoke(_open(folder), key)
 
 
 @annotate_app.command("export")

@@ -50,7 +50,7 @@ def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int],
         from . import generation  # noqa: PLC0415 - torch only once nothing else stands in the way
         from .store import EventStore  # noqa: PLC0415
 
-        with EventStore.open(workspace.database) as store:
+        with EventStore.open(workspace.events) as store:
             people = meet.people_of(workspace, config, store)
             for number in numbers:
                 oracle = meet.oracle_of(people)

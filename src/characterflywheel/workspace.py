@@ -47,6 +47,11 @@ class Workspace:
         return self.root / "flywheel.db"
 
     @property
+    def events(self) -> Path | str:
+        """Where events are kept: the database that `store.url` names, else this folder's own file."""
+        return self.config().store.url or self.database
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 
