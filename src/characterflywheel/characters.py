@@ -17,7 +17,14 @@ BUNDLED = Path(__file__).parent / "bundled"
 
 
 def system_prompt(character: Character) -> str:
-    """The character as the model is told of it: who it is, then one instruction a line."""
+    """The character as the model is told of it: who it is, then one instruction a line.
+
+    For one that came from a card, the part of the card that is the same in every conversation.
+    """
+    if character.card is not None:
+        from .cards.prompt import static_prompt  # noqa: PLC0415 - cards build on this module
+
+        return static_prompt(character)
     who = f"You are {character.name}" + (f": {', '.join(character.traits)}." if character.traits else ".")
     return "\n".join([who, *(instruction.text for instruction in character.instructions)])
 
