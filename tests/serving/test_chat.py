@@ -16,7 +16,8 @@ from characterflywheel.llm.base import ChatModel, Completion, Sampling
 from characterflywheel.people import Service, Utterance
 from characterflywheel.records import ChatMessage, Exposure, Message, User
 from characterflywheel.safety.policy import SafetyPolicy
-from characterflywheel.serving.chat import ActiveExperiment, ChatService, decline
+from characterflywheel.serving.assignment import Running
+from characterflywheel.serving.chat import ChatService, decline
 from characterflywheel.store import EventStore, Position
 from characterflywheel.store.export import conversations_from_export
 
@@ -157,12 +158,13 @@ def test_the_real_safety_policy_fits(store: EventStore) -> None:
 
 def test_users_are_served_by_their_arm_and_exposed_once(store: EventStore, tmp_path: Path) -> None:
     old, new = Parrot("old"), Parrot("new")
-    active = ActiveExperiment("salt", {"control": 0.3, "treatment": 0.3}, {"control": "old", "treatment": "new"})
-    service = service_of(store, old, new, experiments={"gen-1": active}, assign=assign)
+    shares = {"control": 0.3, "treatment": 0.3}
+    active = Running.of("gen-1", "salt", shares, {"control": "old", "treatment": "new"})
+    service = service_of(store, old, new, experiments=[active])
     said = [say(service, f"user-{n}", "Hello") for n in range(40)] + [say(service, "tester", "Hello")]
     replies = service.reply(said)
     service.reply([one._replace(at=one.at + timedelta(days=1)) for one in said])
-    arms = {one.user_id: assign(one.user_id, "salt", active.shares) for one in said[:40]} | {"tester": None}
+    arms = {one.user_id: assign(one.user_id, "salt", shares) for one in said[:40]} | {"tester": None}
     assert set(arms.values()) == {"control", "treatment", None}
     for reply in replies:
         arm = arms[reply.user_id]
@@ -180,8 +182,8 @@ def test_an_exposure_survives_a_model_that_dies(store: EventStore) -> None:
         def complete(self, *args: object, **more: object) -> list[list[Completion]]:
             raise RuntimeError("out of memory")
 
-    active = ActiveExperiment("salt", {"all": 1.0}, {"all": "base"})
-    service = service_of(store, Dying("base"), experiments={"gen-1": active}, assign=assign)
+    active = Running.of("gen-1", "salt", {"all": 1.0}, {"all": "base"})
+    service = service_of(store, Dying("base"), experiments=[active])
     with pytest.raises(RuntimeError, match="out of memory"):
         service.reply([say(service, "user-1", "Hello")])
     assert store.position() == Position(exposures=1)
@@ -191,9 +193,9 @@ def test_mistakes_are_named(store: EventStore) -> None:
     with pytest.raises(FlywheelError, match=r"\['new'\] are not in service"):
         ChatService(store, {}, "new", NoKnives())
     with pytest.raises(FlywheelError, match="have no model"):
-        service_of(store, Parrot("a"), experiments={"x": ActiveExperiment("s", {"b": 1.0}, {})}, assign=assign)
-    with pytest.raises(FlywheelError, match="needs `assign`"):
-        service_of(store, Parrot("a"), experiments={"x": ActiveExperiment("s", {"b": 1.0}, {"b": "a"})})
+        Running.of("x", "s", {"b": 1.0}, {})
+    with pytest.raises(FlywheelError, match=r"\['b'\] are not in service"):
+        service_of(store, Parrot("a"), experiments=[Running.of("x", "s", {"arm": 1.0}, {"arm": "b"})])
     service = service_of(store, Parrot("a"))
     with pytest.raises(FlywheelError, match="not approved"):
         service.open_conversation("user-1", PIRATE.model_copy(update={"safety": "review"}), "user", AT)

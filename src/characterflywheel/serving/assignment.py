@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple, Protocol, Self
 
+from ..errors import FlywheelError
 from ..experiment.assignment import place, territories
 from ..ids import derive_id
 from ..records import Exposure, User
@@ -34,7 +35,13 @@ class Running(NamedTuple):
 
     @classmethod
     def of(cls, name: str, salt: str, shares: Mapping[str, float], models: Mapping[str, str]) -> "Running":
-        """From shares of all users; FlywheelError where they do not fit (`experiment.assignment.territories`)."""
+        """From shares of all users.
+
+        Raises:
+            FlywheelError: the shares do not fit (`experiment.assignment.territories`), or an arm has no model.
+        """
+        if unserved := sorted(set(shares) - set(models)):
+            raise FlywheelError(f"experiment {name!r}: arms {unserved} have no model; name one for each arm.")
         arms = tuple((arm, begin, end) for arm, (begin, end) in territories(shares).items())
         return cls(name, salt, arms, models)
 

@@ -6,7 +6,7 @@ the reply is made (PAPER section 7); utterance and reply follow in one transacti
 conversation and the turn, so a repeated call changes nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol, cast, get_args
 
@@ -16,9 +16,10 @@ from ..ids import derive_id, derive_seed
 from ..instructions import repair_all
 from ..llm.base import ChatModel, Sampling
 from ..people import Utterance
-from ..records import Character, ChatMessage, Conversation, Exposure, Message, Signal, SignalKind, Source
+from ..records import Character, ChatMessage, Conversation, Message, Signal, SignalKind, Source
 from ..safety.caught import Caught
 from ..store import EventStore
+from .assignment import Assigned, Running, exposure_of, first_arm
 
 _DECLINES = "That is a road best left alone. Let's talk of something kinder. What else is on your mind?"
 LOST = "Words fail for a moment. Could you say that again?"
@@ -42,20 +43,6 @@ class Safety(Protocol):
         ...
 
 
-class ActiveExperiment(NamedTuple):
-    """An experiment that takes users: its salt, each arm's share of users, and the model that serves each arm."""
-
-    salt: str
-    shares: Mapping[str, float]
-    models: Mapping[str, str]
-
-
-class _Arm(NamedTuple):
-    experiment: str | None
-    arm: str | None
-    model: str
-
-
 class _Text(NamedTuple):
     content: str
     fallback: bool = False
@@ -65,7 +52,7 @@ class ChatService:
     """The chat service in one process; implements `people.Service`.
 
     Users must be registered in the store. Production users are assigned to `experiments`, tried in the order of their
-    names; the first that takes a user serves them. `assign` is `experiment.assignment.assign`.
+    names; the first that takes a user serves them (`assignment.first_arm`, as the service over HTTP).
     """
 
     def __init__(
@@ -76,18 +63,12 @@ class ChatService:
         safety: Safety,
         sampling: Sampling = Sampling(),
         seed: int = 0,
-        experiments: Mapping[str, ActiveExperiment] | None = None,
-        assign: Callable[[str, str, Mapping[str, float]], str | None] | None = None,
+        experiments: Iterable[Running] = (),
     ) -> None:
-        self.experiments = dict(sorted((experiments or {}).items()))
-        wanted = {default_model, *(name for one in self.experiments.values() for name in one.models.values())}
+        self.experiments = sorted(experiments, key=lambda one: one.name)
+        wanted = {default_model, *(name for one in self.experiments for name in one.models.values())}
         if missing := sorted(wanted - set(models)):
             raise FlywheelError(f"models {missing} are not in service; there are {sorted(models)}.")
-        for name, one in self.experiments.items():
-            if assign is None:
-                raise FlywheelError(f"experiment {name!r} needs `assign`, the function that assigns users to arms.")
-            if unserved := sorted(set(one.shares) - set(one.models)):
-                raise FlywheelError(f"experiment {name!r}: arms {unserved} have no model; name one for each arm.")
         self.store = store
         self.models = models
         self.default_model = default_model
@@ -95,7 +76,6 @@ class ChatService:
         self.caught = Caught()
         self.sampling = sampling
         self.seed = seed
-        self.assign = assign
 
     def open_conversation(self, user_id: str, character: Character, source: Source, at: datetime) -> str:
         """Start a conversation; returns its id. A character that is not approved is not served."""
@@ -117,13 +97,9 @@ class ChatService:
         arms = self._arms(utterances)
         self.store.append(
             exposures=[
-                Exposure(
-                    id=derive_id("exposure", arm.experiment, said.user_id), experiment=arm.experiment, arm=arm.arm,
-                    user_id=said.user_id, created_at=said.at,
-                )
-                for said, arm in zip(utterances, arms, strict=True) if arm.experiment and arm.arm
+                exposure_of(said.user_id, arm, said.at) for said, arm in zip(utterances, arms, strict=True) if arm
             ]
-        )  # fmt: skip
+        )
         texts = self._texts(utterances, arms)
         messages: list[Message] = []
         for said, arm, text in zip(utterances, arms, texts, strict=True):
@@ -133,8 +109,9 @@ class ChatService:
             )  # fmt: skip
             answer = asked.model_copy(
                 update={
-                    "id": _id(said, "assistant"), "role": "assistant", "content": text.content, "model": arm.model,
-                    "experiment": arm.experiment, "arm": arm.arm, "fallback": text.fallback,
+                    "id": _id(said, "assistant"), "role": "assistant", "content": text.content,
+                    "model": self._model(arm), "experiment": arm and arm.experiment, "arm": arm and arm.arm,
+                    "fallback": text.fallback,
                     "created_at": said.at + timedelta(seconds=1),
                 }
             )  # fmt: skip
@@ -152,30 +129,26 @@ class ChatService:
         )  # fmt: skip
         self.store.append(signals=[signal])
 
-    def _arms(self, utterances: Sequence[Utterance]) -> list[_Arm]:
-        """Who is served by which arm and model; testers and unknown users are in no experiment."""
+    def _arms(self, utterances: Sequence[Utterance]) -> list[Assigned | None]:
+        """Who is served by which arm; testers and unknown users are in no experiment."""
         people = self.store.populations({said.user_id for said in utterances}) if self.experiments else {}
-        return [self._arm(said.user_id) if people.get(said.user_id) == "user" else self._default for said in utterances]
+        return [
+            first_arm(said.user_id, self.experiments) if people.get(said.user_id) == "user" else None
+            for said in utterances
+        ]
 
-    @property
-    def _default(self) -> _Arm:
-        return _Arm(None, None, self.default_model)
+    def _model(self, arm: Assigned | None) -> str:
+        return arm.model if arm else self.default_model
 
-    def _arm(self, user_id: str) -> _Arm:
-        for name, one in self.experiments.items():
-            if self.assign and (arm := self.assign(user_id, one.salt, one.shares)):
-                return _Arm(name, arm, one.models[arm])
-        return self._default
-
-    def _texts(self, utterances: Sequence[Utterance], arms: Sequence[_Arm]) -> list[_Text]:
+    def _texts(self, utterances: Sequence[Utterance], arms: Sequence[Assigned | None]) -> list[_Text]:
         """A reply to each utterance: one batch for each model, over the utterances that safety lets pass."""
         texts = {
             i: _Text(decline(said.character), fallback=True)
             for i, said in enumerate(utterances)
             if not self._allowed(said.text)
         }
-        for name in sorted({arm.model for arm in arms}):
-            batch = [i for i, arm in enumerate(arms) if arm.model == name and i not in texts]
+        for name in sorted(set(map(self._model, arms))):
+            batch = [i for i, arm in enumerate(arms) if self._model(arm) == name and i not in texts]
             if not batch:
                 continue
             completions = self.models[name].complete(
