@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from postgres_server import new_where, postgres, where  # noqa: F401 - fixtures
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,6 +1,7 @@
 """A window of the store as files: what is in it, who is in it, and the same bytes each time."""
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from characterflywheel.store.export import conversations_from_export
 AT = datetime(2026, 1, 5, 1, 2, 3, 456789, tzinfo=UTC)
 
 
-def filled(path: Path) -> EventStore:
+def filled(where: Path | str) -> EventStore:
     """Ann, who consents, talks with the pirate; Ben, who does not, with the baker; each says two things."""
-    store = EventStore.open(path)
+    store = EventStore.open(where)
     store.add_characters(bundled_characters().values())
     store.add_users(
         User(id=name, population="user", consent=name != "ben", created_at=AT) for name in ("ann", "ben", "cat")
@@ -45,8 +46,8 @@ def filled(path: Path) -> EventStore:
     return store
 
 
-def test_export_holds_the_window_and_what_it_refers_to(tmp_path: Path) -> None:
-    with filled(tmp_path / "flywheel.db") as store:
+def test_export_holds_the_window_and_what_it_refers_to(tmp_path: Path, where: Path | str) -> None:
+    with filled(where) as store:
         store.export(tmp_path / "all", Position(), store.position(), consenting_only=False)
         store.export(tmp_path / "later", Position(messages=4, signals=3, exposures=4), store.position())
     messages = tables.read(tmp_path / "all" / "messages.parquet", Message)
@@ -69,8 +70,8 @@ def test_export_holds_the_window_and_what_it_refers_to(tmp_path: Path) -> None:
     assert [c.id for c in tables.read_jsonl(tmp_path / "later" / "characters.jsonl", Character)] == ["pirate"]
 
 
-def test_consent_keeps_people_out_of_every_file(tmp_path: Path) -> None:
-    with filled(tmp_path / "flywheel.db") as store:
+def test_consent_keeps_people_out_of_every_file(tmp_path: Path, where: Path | str) -> None:
+    with filled(where) as store:
         store.export(tmp_path / "x", Position(), store.position())
         store.set_consent("ben", True)
         store.export(tmp_path / "y", Position(), store.position())
@@ -81,8 +82,8 @@ def test_consent_keeps_people_out_of_every_file(tmp_path: Path) -> None:
     assert len(tables.read(tmp_path / "y" / "messages.parquet", Message)) == 8
 
 
-def test_conversations_come_back_with_their_messages_in_order(tmp_path: Path) -> None:
-    with filled(tmp_path / "flywheel.db") as store:
+def test_conversations_come_back_with_their_messages_in_order(tmp_path: Path, where: Path | str) -> None:
+    with filled(where) as store:
         store.export(tmp_path / "x", Position(), store.position(), consenting_only=False)
     ann, ben = conversations_from_export(tmp_path / "x")
     assert ann.id == "talk-ann"
@@ -90,21 +91,23 @@ def test_conversations_come_back_with_their_messages_in_order(tmp_path: Path) ->
     assert [message.id for message in ben.messages] == ["user-1", "assistant-1", "user-3", "assistant-3"]
 
 
-def test_the_same_window_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_window_gives_the_same_bytes_on_every_database(
+    tmp_path: Path, new_where: Callable[[], Path | str]
+) -> None:
     digests = []
-    for name in ("one", "two"):
-        with filled(tmp_path / f"{name}.db") as store:
+    for name in (tmp_path / "one.db", tmp_path / "two.db", new_where()):
+        with filled(name) as store:
             until = store.position()
-            for _ in range(2):
-                store.export(tmp_path / name, Position(), until)
-                files = sorted((tmp_path / name).iterdir())
-                digests.append([(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files])
+            for number in range(2):
+                folder = tmp_path / f"{len(digests)}-{number}"
+                store.export(folder, Position(), until)
+                digests.append([(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(folder.iterdir())])
     assert len(digests[0]) == 6
     assert all(digest == digests[0] for digest in digests)
 
 
-def test_an_empty_window_has_its_columns(tmp_path: Path) -> None:
-    with filled(tmp_path / "flywheel.db") as store:
+def test_an_empty_window_has_its_columns(tmp_path: Path, where: Path | str) -> None:
+    with filled(where) as store:
         store.export(tmp_path / "x", store.position(), store.position())
     assert tables.read(tmp_path / "x" / "messages.parquet", Message) == []
     assert conversations_from_export(tmp_path / "x") == []
