@@ -64,6 +64,11 @@ class Voice:
         return ""  # comments
 
 
+def has_calls(text: str) -> bool:
+    """Whether a text has macros other than names: what they hold may not read as it is written."""
+    return _CALLS.search(text) is not None
+
+
 def plain_name(name: str, otherwise: str = "User") -> str:
     """A user's name as it may stand in a prompt: one line of at most 64 characters, without marks of macros."""
     return _UNFIT_FOR_NAMES.sub(" ", name).strip()[:64].strip() or otherwise
