@@ -272,7 +272,7 @@ def serve(
     folder: Folder,
     backend: Annotated[
         Literal["native", "endpoint", "echo"] | None,
-        typer.Option(help="who writes the replies; default: as configured"),
+        typer.Option(help="who writes the replies; as configured if absent"),
     ] = None,
     host: Annotated[str | None, typer.Option(help="address to listen on; default: as configured")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free one")] = None,

@@ -8,10 +8,11 @@ found by name in registry and ledger. Nothing is imported or loaded before it is
 import asyncio
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import FlywheelConfig
 from ..errors import FlywheelError
+from ..llm.base import ChatModel
 from ..release import registry
 from ..workspace import Workspace
 from .guard import Counters, Guarded, Served
@@ -123,7 +124,8 @@ class Backends:
         from .local import Local, Worker  # noqa: PLC0415
 
         self._worker = self._worker or Worker()
-        return Local(name, self._known.folders[name], self._config.models, self._worker)
+        folder = self._known.folders[name]
+        return Local(name, lambda: _load(name, folder, self._config), self._worker)
 
 
 def make_backends(
@@ -159,6 +161,34 @@ def _known(workspace: Workspace, config: FlywheelConfig) -> _Known:
         if step.release:
             folders[step.release.model] = workspace.root / step.release.folder
     return _Known(history.in_service.model if history.in_service else BASE, folders)
+
+
+def _load(name: str, folder: Path | None, config: FlywheelConfig) -> ChatModel:
+    """Read a model from disk, for a thread.
+
+    Raises:
+        BackendError: 503, its folder is gone.
+    """
+    if folder is not None and not (folder / "config.json").exists():
+        raise BackendError(
+            f"model {name!r} is gone from {folder.parent.name}/{folder.name}: restore the folder, make it again with "
+            "`flywheel run`, or put the model before it in service with `flywheel rollback`.",
+            status=503, code="model_missing", blames_backend=False,
+        )  # fmt: skip
+    from ..llm.models import base_model_folder  # noqa: PLC0415
+
+    settings: dict[str, Any] = {
+        "max_prompt_tokens": config.server.max_prompt_tokens, "threads": config.models.threads,
+        "batch_replies": config.models.batch_replies,
+    }  # fmt: skip
+    where = folder or base_model_folder(config.models.base)
+    if config.models.backend == "ctranslate2":
+        from ..llm.ct2 import CTranslate2Model  # noqa: PLC0415
+
+        return CTranslate2Model.load(where, name, device=config.models.device, **settings)
+    from ..llm.native import NativeModel  # noqa: PLC0415
+
+    return NativeModel.load(where, name, device=config.models.device, **settings)
 
 
 def _stamp(workspace: Workspace) -> tuple[tuple[int, int] | None, ...]:

@@ -32,10 +32,3 @@ class Cast:
     async def get(self, id: str) -> Character | None:
         """A character that can be talked to; None where there is none."""
         return (await self.approved()).get(id)
-
-
-def greetings(character: Character) -> tuple[str, ...]:
-    """What a character may begin with: its greeting, then the alternate greetings of the card it came from."""
-    found = (character.card or {}).get("alternate_greetings")
-    more = [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
-    return tuple(one for one in (character.greeting, *more) if one.strip())

@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, ValidationError
 
-from ..cards import card_of, character_of, read_png, write_png
+from ..cards import card_of, character_of, greetings, read_png, write_png
 from ..records import Character, Record
 from ..service_records import Publication, PublicationState
-from .cast import greetings
 from .errors import ApiError, not_found
 from .hub import Hub
 from .schemas import Request as Body

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter, Query, Request, Response
 
+from ..cards import greetings
 from ..ids import derive_id, uuid7
 from ..records import Character, Conversation, Message, SignalKind
 from ..service_records import Events, Remembered
-from .cast import greetings
 from .errors import ApiError, not_found
 from .feedback import FeedbackRequest, body_digest, signal_of
 from .hub import Hub
@@ -74,16 +74,16 @@ async def open_conversation(
     character = await hub.cast.get(body.character)
     if character is None:
         raise not_found("character", body.character, "character")
-    known = greetings(character)
-    if body.greeting >= max(len(known), 1):
-        raise ApiError(422, "no_such_greeting", f"{character.name} has {len(known)} greetings.", "greeting")
+    known = greetings(character, body.user_name)
+    if body.greeting >= len(known):
+        raise ApiError(422, "no_such_greeting", f"{character.name} has greetings 0 to {len(known) - 1}.", "greeting")
     at = hub.clock()
     conversation = Conversation(
         id=uuid7(at), user_id=user.id, character_id=character.id, character_version=character.version,
         source=user.population, created_at=at,
     )  # fmt: skip
     greeting: tuple[Message, ...] = ()
-    if known and known[body.greeting].strip():
+    if known[body.greeting].strip():
         greeting = (
             Message(
                 id=derive_id("greeting", conversation.id, at=at), conversation_id=conversation.id, user_id=user.id,

@@ -193,6 +193,7 @@ class ConversationRequest(Request):
     character: Id
     user: UserId | None = None
     greeting: int = Field(0, ge=0, le=1000)
+    user_name: Annotated[str, Field(max_length=64)] = Field("User", description="for {{user}} in cards")
 
 
 class MeView(Record):

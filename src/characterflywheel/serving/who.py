@@ -14,7 +14,7 @@ from .errors import ApiError
 from .hub import Hub
 
 
-def hub_of(request: Request) -> Hub:
+async def hub_of(request: Request) -> Hub:  # async, or FastAPI would run it in a thread
     hub: Hub = request.app.state.hub
     return hub
 
@@ -27,7 +27,7 @@ def may(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     """
 
     async def principal(request: Request) -> Principal:
-        hub = hub_of(request)
+        hub = await hub_of(request)
         found = hub.authenticator.authenticate(request.headers, request.cookies, request.method)
         found.require(scope)
         _within(hub, "key", found.id)
