@@ -42,15 +42,14 @@ class PostgresServer:
         self._run("pg_ctl", "stop", "-w", "-D", self.data, "-m", mode)
 
     def new_database(self) -> str:
+        """The address of an empty schema: to a store the same as an empty database, and a hundred times faster."""
         import psycopg  # noqa: PLC0415 - only where a server is wanted
 
         name = f"store_{next(self._numbers)}"
-        with psycopg.connect(self.address("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
-        return self.address(name)
-
-    def address(self, database: str) -> str:
-        return f"postgresql://flywheel@/{database}?host={self.folder}"
+        address = f"postgresql://flywheel@/postgres?host={self.folder}"
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{address}&options=-csearch_path%3D{name}"
 
     def close(self) -> None:
         self.stop("immediate")
