@@ -8,15 +8,9 @@ export class ApiError extends Error {
   }
 }
 
-/** A random key: a request sent again with it is done once. `crypto.randomUUID` exists on secure origins only. */
-export function newKey() {
-  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-async function reach(path, { method = "GET", body, headers = {}, signal, key } = {}) {
+async function reach(path, { method = "GET", body, headers = {}, signal } = {}) {
   const sent = { ...headers };
   if (body !== undefined) sent["Content-Type"] = "application/json";
-  if (key) sent["Idempotency-Key"] = key;
   let response;
   try {
     response = await fetch(path, { method, headers: sent, signal, body: body === undefined ? undefined : JSON.stringify(body) });
@@ -60,17 +54,20 @@ export const characters = async () => (await read("/v1/characters")).data;
 export const conversations = (limit, before = null) =>
   read(`/v1/conversations?limit=${limit}${before ? `&before=${at(before)}` : ""}`);
 export const conversation = (id) => read(`/v1/conversations/${at(id)}`);
-export const openConversation = (character, greeting, key) =>
-  read("/v1/conversations", { method: "POST", body: { character, greeting }, key });
+export const openConversation = (character, greeting) =>
+  read("/v1/conversations", { method: "POST", body: { character, greeting } });
+
+/** What the user did after a reply. The same act twice is one signal. */
 export const feedback = (messageId, kind, { value, text } = {}) =>
-  read("/v1/feedback", { method: "POST", body: { message_id: messageId, kind, value, text }, key: newKey() });
+  read("/v1/feedback", { method: "POST", body: { message_id: messageId, kind, value, text } });
 
 /**
  * A reply as it is written: yields `{id, said, text, finish, fallback}`, `text` being what is new and `said` the id
- * of the user's message. Throws ApiError, also where the stream breaks off.
+ * of the user's message. Throws ApiError, also where the stream breaks off. The same words said again in the same place
+ * are the same message to the service, so that trying again says nothing twice.
  */
-export async function* streamReply(body, { key, signal }) {
-  const response = await inSession("/v1/chat/completions", { method: "POST", body: { ...body, stream: true }, key, signal });
+export async function* streamReply(body, signal) {
+  const response = await inSession("/v1/chat/completions", { method: "POST", body: { ...body, stream: true }, signal });
   let finished = false;
   for await (const data of events(response)) {
     if (data === "[DONE]") return;
@@ -115,7 +112,7 @@ export const reviewer = (secret) => {
   const headers = { Authorization: `Bearer ${secret}` };
   return {
     queue: async () => (await (await reach("/v1/reviews", { headers })).json()).data,
-    decide: async (id, decision, reason) =>
-      (await reach(`/v1/reviews/${at(id)}`, { method: "POST", body: { decision, reason }, headers })).json(),
+    decide: async ({ id, version }, decision, reason) =>
+      (await reach(`/v1/reviews/${at(id)}`, { method: "POST", body: { decision, reason, version }, headers })).json(),
   };
 };

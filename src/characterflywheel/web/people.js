@@ -2,7 +2,6 @@
 
 import * as api from "./api.js";
 import { ago, el, hueOf, portrait } from "./dom.js";
-import { greetingsOf } from "./turns.js";
 
 const FIRST = 3;
 const PAGE = 20;
@@ -49,7 +48,7 @@ export class People {
   }
 
   character(id, name = id) {
-    return this.characters.find((one) => one.id === id) ?? { id, name, traits: [], greeting: "", category: "" };
+    return this.characters.find((one) => one.id === id) ?? { id, name, traits: [], greetings: [], category: "" };
   }
 
   showRecent() {
@@ -99,7 +98,7 @@ export class People {
       el("h2", { text: "Who would you like to talk to?" }),
       el("ul", { class: "cards" }, ...few.map((one) => {
         const link = el("a", { class: "card hued", href: this.door(one) }, portrait(one), el("b", { text: one.name }),
-          el("q", { text: greetingsOf(one)[0] }));
+          el("q", { text: one.greetings[0] ?? one.traits.join(", ") }));
         link.style.setProperty("--hue", hueOf(one.id));
         return el("li", {}, link);
       }))));

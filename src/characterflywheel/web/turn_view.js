@@ -14,21 +14,21 @@ const markOf = ({ kind, text }) => (text ? `${kind} ${text}` : kind);
 /**
  * The view of a turn: `node`, and `show(state)` which brings it up to date without losing focus.
  *
- * `acts` are what the user can do: react, again, swipe, edit, report, retry. `state` says what depends on the rest of
+ * `acts` are what the user can do: react(reaction, mark), edit(text), report(), swipe(step), again(), retry(). `state` says what depends on the rest of
  * the conversation: `last` (it can be gone on from) and `busy` (a reply is being written).
  */
 export function turnView(turn, name, acts) {
   const words = el("div", { class: "words" });
   const note = el("p", { class: "note", hidden: true });
   const reactions = REACTIONS.map((one) =>
-    iconButton(one.icon, one.label, () => acts.react(turn, one, markOf(one)), { class: `tool ${one.icon}`, "aria-pressed": "false" }),
+    iconButton(one.icon, one.label, () => acts.react(one, markOf(one)), { class: `tool ${one.icon}`, "aria-pressed": "false" }),
   );
   const edit = iconButton("edit", "Write it better", () => openEditor());
-  const report = iconButton("flag", "Report this reply", () => acts.report(turn));
+  const report = iconButton("flag", "Report this reply", () => acts.report());
   const count = el("span", { class: "count" });
-  const back = iconButton("left", "Earlier reply", () => acts.swipe(turn, -1));
-  const on = iconButton("right", "Later reply", () => acts.swipe(turn, 1));
-  const again = iconButton("again", "Another reply", () => acts.again(turn), { class: "tool again" });
+  const back = iconButton("left", "Earlier reply", () => acts.swipe(-1));
+  const on = iconButton("right", "Later reply", () => acts.swipe(1));
+  const again = iconButton("again", "Another reply", () => acts.again(), { class: "tool again" });
   const marks = el("div", { class: "marks", role: "group", "aria-label": "React to this reply" }, ...reactions, edit, report);
   const pager = el("div", { class: "pager", role: "group", "aria-label": "Other replies" }, back, count, on);
   const tools = el("div", { class: "tools" }, marks, pager, again);
@@ -52,7 +52,7 @@ export function turnView(turn, name, acts) {
     const save = async (event) => {
       event.preventDefault();
       const text = field.value.trim();
-      if (text && text !== (shown.edited ?? shown.text) && !(await acts.edit(shown, text))) return;
+      if (text && text !== (shown.edited ?? shown.text) && !(await acts.edit(text))) return;
       close();
       show(state);
     };
@@ -99,9 +99,11 @@ export function turnView(turn, name, acts) {
     trouble.hidden = !told;
     trouble.replaceChildren();
     if (!told) return;
-    const button = el("button", { type: "button", class: "primary", onclick: () => acts.retry(turn) }, icon("again"), "Try again");
+    const button = el("button", { type: "button", class: "primary", onclick: () => acts.retry() }, icon("again"), "Try again");
     const when = el("p");
-    trouble.append(el("p", { text: told.text }), when, button);
+    trouble.append(el("p", { text: told.text }));
+    if (told.over) return;
+    trouble.append(when, button);
     const mine = told;
     (function count() {
       if (turn.trouble !== mine) return;
@@ -120,7 +122,7 @@ export function turnView(turn, name, acts) {
     prose(words, shown.text);
   }
 
-  return { node, show, write, focusAgain: () => again.focus() };
+  return { node, show, write };
 }
 
 /** Off, but still in the tab order, so that focus is not lost when a button turns off under it. */
@@ -131,6 +133,7 @@ function setOff(button, off) {
 function noteOn(turn, shown, last) {
   if (shown.edited) return "Your wording, kept as an example.";
   if (shown.finish === "cancelled") return "Stopped.";
+  if (shown.finish === "content_filter") return "The rest of this reply could not be shown.";
   if (shown.finish === "error") return "This reply broke off.";
   if (shown.fallback) return "A stand-in: the reply could not be shown.";
   if (!last && turn.viewed !== turn.chosen) return `You went on from ${turn.chosen + 1}/${turn.replies.length}.`;

@@ -3,7 +3,8 @@
 /**
  * A turn: `said` is the user's message (null where the character began); `replies` its alternatives in order of
  * arrival; `chosen` the one that the conversation goes on from, `viewed` the one that is shown; `trouble` why there
- * is no reply.
+ * is no reply: {text, until, replaces}, `until` the time in milliseconds from which one may try again, or {text, over}
+ * where nobody will.
  */
 export const newTurn = (said, replies = []) => ({
   said, replies, chosen: replies.length - 1, viewed: replies.length - 1, trouble: null,
@@ -38,19 +39,14 @@ export function turnsOf(messages) {
   return turns;
 }
 
+/** The turn of the reply that the conversation stands at: the last one that was answered. */
+export const stoodAt = (turns) => turns.findLast((turn) => turn.replies[turn.chosen]?.id) ?? null;
+
 /** The reply that the conversation stands at, or null. */
 export function standsAt(turns) {
-  const answered = turns.findLast((turn) => turn.replies.length && turn.replies[turn.chosen].id);
-  return answered ? answered.replies[answered.chosen] : null;
+  const turn = stoodAt(turns);
+  return turn ? turn.replies[turn.chosen] : null;
 }
 
 /** Whether the user went back to an older reply, so that going on from it is a choice. */
 export const wentBack = (turn) => Boolean(turn && turn.replies.length > 1 && turn.chosen !== turn.replies.length - 1);
-
-/** What a character can begin with: its greeting and its card's alternates, its macros filled in. */
-export function greetingsOf(character) {
-  const others = character.card?.alternate_greetings ?? [];
-  return [character.greeting, ...others].map((text) =>
-    String(text).replaceAll(/\{\{char\}\}|<BOT>/gi, character.name).replaceAll(/\{\{user\}\}|<USER>/gi, "you"),
-  );
-}
