@@ -7,10 +7,12 @@ batching). On processors with bfloat16 instructions it decodes in bfloat16.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ class NativeModel(TokenSampler):
         waiting, finished = order[::-1], 0
         with torch.inference_mode():
             longest = max((sum(map(len, p)) for p in prompts), default=1)
-            decoder = _Decoder(self.model, slots, n, sampling, longest, self.ends)
+            decoder = self.decoder(slots, n, sampling, longest)
             while waiting or decoder.running:
                 if waiting and (decoder.free >= max(1, slots // 4) or not decoder.running):
                     batch = [waiting.pop() for _ in range(min(decoder.free, len(waiting)))]
@@ -94,17 +96,31 @@ class NativeModel(TokenSampler):
                         on_progress(finished, len(prompts))
         return results
 
+    def decoder(self, slots: int, n: int, sampling: Sampling, longest: int) -> "Decoder":
+        """An empty decoder for prompts of at most `longest` tokens; for the thread that will use it."""
+        torch.set_num_threads(self.threads)
+        return Decoder(self.model, slots, n, sampling, longest, self.ends)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """The keys and values of so many tokens."""
+        config, attention = self.model.config, self.model.model.layers[0].self_attn
+        numbers = 2 * tokens * config.num_hidden_layers * config.num_key_value_heads * attention.head_dim
+        return int(numbers * self.model.lm_head.weight.element_size())
+
 
 @dataclasses.dataclass
-class _Slot:
+class Slot:
+    """A prompt that is being answered: its number, and each reply's tokens so far."""
+
     index: int
+    limit: int
     uniforms: Tensor
     ids: list[list[int]]
     logs: list[list[float]]
     done: list[bool]
 
 
-class _Decoder:
+class Decoder:
     """`slots` prompts decoded in step, `n` replies each, with preallocated key-value caches.
 
     Prompt cache: (layers, slots, kv heads, longest prompt, head size); reply cache: (layers, slots, n, kv heads,
@@ -114,15 +130,14 @@ class _Decoder:
 
     def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int, ends: frozenset[int]) -> None:
         config, self.model, self.n, self.sampling, self.ends = model.config, model, n, sampling, ends
-        self.size, self.running = slots, list[_Slot]()
+        self.size, self.running = slots, list[Slot]()
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         kv, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
         new = {"device": self.device, "dtype": self.dtype}
         layers = config.num_hidden_layers
-        self.prompt_k = torch.zeros(layers, slots, kv, longest, size, **new)
-        self.prompt_v = torch.zeros_like(self.prompt_k)
-        self.reply_k = torch.zeros(layers, slots, n, kv, sampling.max_tokens, size, **new)
-        self.reply_v = torch.zeros_like(self.reply_k)
+        prompts, replies = (layers, slots, kv, longest, size), (layers, slots, n, kv, sampling.max_tokens, size)
+        self.prompt_k, self.prompt_v = _zeros(prompts, **new), _zeros(prompts, **new)
+        self.reply_k, self.reply_v = _zeros(replies, **new), _zeros(replies, **new)
         self.prompt_length = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.step_of = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.logits = torch.zeros(slots, n, config.vocab_size, device=self.device)
@@ -131,22 +146,29 @@ class _Decoder:
     def free(self) -> int:
         return self.size - len(self.running)
 
-    def admit(self, indices: Sequence[int], prompts: Sequence[tuple[Segment, Segment]], seeds: Sequence[int]) -> None:
-        """Prefill prompts, as a tree over shared system prompts, into free slots."""
+    def admit(
+        self, indices: Sequence[int], prompts: Sequence[tuple[Segment, Segment]], seeds: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Prefill prompts, as a tree over shared system prompts, into free slots.
+
+        `limits`: most tokens of each prompt's replies, at most `sampling.max_tokens`, which it is if absent.
+        """
+        limits = limits or [self.sampling.max_tokens] * len(indices)
         keep: list[tuple[Tensor, Tensor]] = []
         forest = plant(prompts, self.device)
         states = hidden_states(self.model.model, forest, keep=keep)
         first = self.model.lm_head(states[torch.stack([rows[-1] for rows in forest.rows])]).float()
-        for number, (index, rows, seed) in enumerate(zip(indices, forest.rows, seeds, strict=True)):
+        for number, (index, rows, seed, most) in enumerate(zip(indices, forest.rows, seeds, limits, strict=True)):
             place = len(self.running)
             for layer, (k, v) in enumerate(keep):
                 self.prompt_k[layer, place, :, : len(rows)] = k[rows].transpose(0, 1)
                 self.prompt_v[layer, place, :, : len(rows)] = v[rows].transpose(0, 1)
             self.prompt_length[place], self.step_of[place] = len(rows), 0
             self.logits[place] = first[number]
-            chance = torch.rand(self.sampling.max_tokens, self.n, generator=torch.Generator().manual_seed(seed))
+            chance = torch.rand(most, self.n, generator=torch.Generator().manual_seed(seed))
             n = self.n
-            self.running.append(_Slot(index, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n))
+            self.running.append(Slot(index, most, chance, [[] for _ in range(n)], [[] for _ in range(n)], [False] * n))
 
     def step(self) -> list[tuple[int, list[Drawn]]]:
         """Draw one token for every running reply; returns the prompts whose replies are all finished."""
@@ -161,7 +183,7 @@ class _Decoder:
                 if not slot.done[reply]:
                     slot.ids[reply].append(ids[reply])
                     slot.logs[reply].append(logprobs[reply])
-                    slot.done[reply] = ids[reply] in self.ends or step + 1 == self.sampling.max_tokens
+                    slot.done[reply] = ids[reply] in self.ends or step + 1 == slot.limit
         finished = [place for place, slot in enumerate(self.running) if all(slot.done)]
         results = [(s.index, list(zip(s.ids, s.logs, strict=True))) for s in (self.running[i] for i in finished)]
         for place in reversed(finished):
@@ -170,13 +192,17 @@ class _Decoder:
             self._forward(tokens[: len(self.running)])
         return results
 
-    def _vacate(self, place: int, tokens: Tensor) -> None:
-        """Give a slot up: the last running prompt moves there."""
+    def drop(self, index: int) -> None:
+        """Stop answering a prompt, between steps."""
+        self._vacate(next(place for place, slot in enumerate(self.running) if slot.index == index), self.logits)
+
+    def _vacate(self, place: int, upcoming: Tensor) -> None:
+        """Give a slot up: the last running prompt moves there, with its row of what is needed next."""
         last = len(self.running) - 1
         if place != last:
             for cache in (self.prompt_k, self.prompt_v, self.reply_k, self.reply_v):
                 cache[:, place] = cache[:, last]
-            for row in (self.prompt_length, self.step_of, tokens):
+            for row in (self.prompt_length, self.step_of, upcoming):
                 row[place] = row[last].clone()
             self.running[place] = self.running[last]
         self.running.pop()
@@ -213,6 +239,13 @@ class _Decoder:
             x = finish_layer(layer, x, mixed.reshape(p * n, -1))
         self.logits[:p] = self.model.lm_head(backbone.norm(x)).float().view(p, n, -1)
         self.step_of[:p] += 1
+
+
+def _zeros(shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros which, on a CPU, take memory only where they are written to: most slots are never full."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _bias(blocked: Tensor) -> Tensor:
