@@ -5,11 +5,15 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from characterflywheel import tables
 from characterflywheel.characters import bundled_characters
 from characterflywheel.records import Character, Conversation, Exposure, Message, Signal, User
 from characterflywheel.store import EventStore, Position
-from characterflywheel.store.export import conversations_from_export
+from characterflywheel.store.export import conversations_from_export, newest_path
 
 AT = datetime(2026, 1, 5, 1, 2, 3, 456789, tzinfo=UTC)
 
@@ -89,6 +93,53 @@ def test_conversations_come_back_with_their_messages_in_order(tmp_path: Path, wh
     assert ann.id == "talk-ann"
     assert [message.id for message in ann.messages] == ["user-0", "assistant-0", "user-2", "assistant-2"]
     assert [message.id for message in ben.messages] == ["user-1", "assistant-1", "user-3", "assistant-3"]
+
+
+def said(id: str, role: str, parent: str | None = None) -> Message:
+    values = {"id": id, "conversation_id": "c", "user_id": "ann", "role": role, "content": id, "created_at": AT}
+    return Message.model_validate(values | {"parent_id": parent})
+
+
+@pytest.mark.parametrize(
+    ("messages", "path"),
+    [
+        ("g:a: q:u: r:a:", "g q r"),  # nothing has a parent
+        ("g:a: q:u:g r1:a:q r2:a:q", "g q r2"),  # regenerated: the newest reply
+        ("g:a: q:u:g r1:a:q r2:a:q q2:u:r1 s:a:q2", "g q r1 q2 s"),  # the user went on from the first one
+        ("g:a: q:u:g r1:a:q r2:a:q q2:u: s:a:", "g q r2 q2 s"),  # a client that knows no parents goes on
+        ("q2:u:r1 s1:a:q2 s2:a:q2", "q2 s2"),  # the window begins in the middle
+        ("r2:a:q q2:u:r2", "r2 q2"),
+        ("q:u:q", "q"),
+        ("", ""),
+    ],
+)
+def test_a_conversation_is_the_path_to_its_newest_tip(messages: str, path: str) -> None:
+    roles = {"u": "user", "a": "assistant"}
+    tree = [said(id, roles[role], parent or None) for id, role, parent in (one.split(":") for one in messages.split())]
+    assert [message.id for message in newest_path(tree)] == path.split()
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=12))
+def test_a_path_ends_with_the_last_message_and_never_goes_back(tree: list[tuple[int, bool]]) -> None:
+    messages = [said(f"m{i}", "user", f"m{parent}" if linked else None) for i, (parent, linked) in enumerate(tree)]
+    path = newest_path(messages)
+    assert [message.id for message in path[-1:]] == [message.id for message in messages[-1:]]
+    places = [messages.index(message) for message in path]
+    assert places == sorted(set(places))
+    assert path == tuple(messages) or any(linked for _, linked in tree)
+
+
+def test_regenerated_replies_are_all_exported_and_one_is_in_the_conversation(tmp_path: Path, where: Path | str) -> None:
+    with filled(where) as store:
+        again = Message(
+            id="again", conversation_id="talk-ann", user_id="ann", role="assistant", content="again",
+            parent_id="user-2", finish="stop", created_at=AT + timedelta(minutes=9),
+        )  # fmt: skip
+        store.append([again])
+        store.export(tmp_path / "x", Position(), store.position())
+    assert tables.read(tmp_path / "x" / "messages.parquet", Message)[-1] == again
+    (ann,) = conversations_from_export(tmp_path / "x")
+    assert [message.id for message in ann.messages] == ["user-0", "assistant-0", "user-2", "again"]
 
 
 def test_the_same_window_gives_the_same_bytes_on_every_database(

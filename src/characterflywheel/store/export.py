@@ -1,9 +1,10 @@
 """A window of the store as Parquet files, which every later stage reads (DESIGN section 5).
 
 The columns are those of `records.Message`, `Signal`, `Exposure`, `User` and `Conversation`, rows in the order of
-arrival, so the same window gives the same bytes.
+arrival, so the same window gives the same bytes, whatever the database.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,14 +64,36 @@ def export(
 
 
 def conversations_from_export(folder: Path) -> list[Conversation]:
-    """The conversations of an export, each with its messages of the window in order."""
+    """The conversations of an export, each with its messages of the window in order.
+
+    Where replies have alternatives, the messages are those on the way to the newest one: see `newest_path`.
+    """
     said: dict[str, list[Message]] = {}
     for message in tables.read(folder / "messages.parquet", Message):
         said.setdefault(message.conversation_id, []).append(message)
     return [
-        conversation.model_copy(update={"messages": tuple(said[conversation.id])})
+        conversation.model_copy(update={"messages": newest_path(said[conversation.id])})
         for conversation in tables.read(folder / "conversations.parquet", Conversation)
     ]
+
+
+def newest_path(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages that lead to the last one, each following its parent, as a linear conversation has them.
+
+    A message without a parent follows the one that arrived before it, so where no message has one nothing is left
+    out. A parent that is not among `messages` (it is older than the window) begins the path.
+    """
+    before: dict[str, Message | None] = {}
+    known: dict[str, Message] = {}
+    last: Message | None = None
+    for message in messages:
+        before[message.id] = last if message.parent_id is None else known.get(message.parent_id)
+        known[message.id] = last = message
+    path: list[Message] = []
+    while last is not None:
+        path.append(last)
+        last = before[last.id]
+    return tuple(reversed(path))
 
 
 def _write(
@@ -79,7 +102,8 @@ def _write(
     """Write the rows of `table` that meet `condition`, in order of arrival, a batch at a time."""
     schema = tables.arrow_schema(record)
     kept = [field for field in schema.names if field in table.c]
-    rows = connection.execute(select(*(table.c[field] for field in kept)).where(condition).order_by(table.c.seq))
+    wanted = select(*(table.c[field] for field in kept)).where(condition).order_by(table.c.seq)
+    rows = connection.execute(wanted, execution_options={"stream_results": True})
     with pq.ParquetWriter(folder / f"{table.name}.parquet", schema, compression="zstd") as writer:
         while batch := rows.fetchmany(_ROWS_AT_ONCE):
             columns = dict(zip(kept, zip(*batch, strict=True), strict=True))
