@@ -180,20 +180,21 @@ class Findings(NamedTuple):
 
 
 def examine(query: Query, ledger: Ledger) -> Findings:
-    """Compare the store with what the clients know."""
+    """Compare the store with what the clients know; they may go on talking meanwhile."""
+    acknowledged, hearts = dict(ledger.acknowledged), dict(ledger.hearts)  # before the store is read
     messages = {row[0]: row for row in query("SELECT id, role, content, parent_id, finish FROM messages")}
     signals = {row[0]: row for row in query("SELECT id, message_id, kind FROM signals")}
     missing = []
-    for turn, answer in ledger.acknowledged.items():
+    for turn, answer in acknowledged.items():
         if (asked := messages.get(answer.asked)) is None or asked[2] != turn.text:
             missing.append(f"utterance {answer.asked} of {turn.key}: {asked and asked[2]!r}")
         if (reply := messages.get(answer.reply)) is None or reply[2].strip() != answer.text.strip():
             missing.append(f"reply {answer.reply} of {turn.key}: {reply and reply[2]!r}, acknowledged {answer.text!r}")
-    missing += [f"heart {id} for {reply}" for reply, id in ledger.hearts.items() if id not in signals]
+    missing += [f"heart {id} for {reply}" for reply, id in hearts.items() if id not in signals]
     once = {
         "message id": "SELECT id FROM messages GROUP BY id HAVING COUNT(*) > 1",
         "signal id": "SELECT id FROM signals GROUP BY id HAVING COUNT(*) > 1",
-        "utterance": "SELECT content FROM messages WHERE role = 'user' GROUP BY content HAVING COUNT(*) > 1",
+        "utterance": "SELECT content, COUNT(*) FROM messages WHERE role = 'user' GROUP BY content HAVING COUNT(*) > 1",
         "reply": "SELECT parent_id FROM messages WHERE role = 'assistant' AND finish <> 'cancelled' "
         "GROUP BY parent_id HAVING COUNT(*) > 1",
         "heart": "SELECT message_id FROM signals WHERE kind = 'love' GROUP BY message_id HAVING COUNT(*) > 1",
