@@ -6,12 +6,17 @@ so it holds the name, the traits and the instructions as plain lines and nothing
 """
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from .errors import FlywheelError
 from .records import Character
+
+if TYPE_CHECKING:
+    from .store import EventStore
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -64,6 +69,19 @@ def load_characters(folder: Path) -> dict[str, Character]:
     if not characters:
         raise FlywheelError(f"{folder} has no character: put at least one .toml file there.")
     return dict(sorted(characters.items()))
+
+
+def roster(folder: Mapping[str, Character], store: "EventStore | None") -> dict[str, Character]:
+    """The characters that may be talked to, by id, sorted by id: those that the service has approved and not retired,
+    and those of the `folder` that nobody has decided about yet, as far as their files do not object."""
+    found = store.cast() if store else {}
+    for id, one in folder.items():
+        older = id not in found or found[id].version <= one.version
+        history = store.publication_history(id) if store else []
+        decided = any(decision.version == one.version for decision in history)
+        if older and not decided and one.safety == "approved":
+            found[id] = one
+    return dict(sorted(found.items()))
 
 
 def bundled_characters() -> dict[str, Character]:

@@ -136,24 +136,18 @@ def import_(
 
 @characters_app.command("list")
 def list_characters(folder: Folder) -> None:
-    """One line a character: id, name, category, how many instructions, how many a program can verify."""
-    from .characters import load_characters  # noqa: PLC0415
+    """One line a character: id, name, category, how many instructions a program can verify, whether it is published."""
+    from . import character_commands  # noqa: PLC0415
 
-    for character in load_characters(_open(folder).characters).values():
-        rules = sum(instruction.rule is not None for instruction in character.instructions)
-        instructions = f"{len(character.instructions)} instructions, {rules} verified by rule"
-        typer.echo(f"{character.id:<16} {character.name:<20} {character.category:<14} {instructions}")
+    character_commands.list_characters(_open(folder))
 
 
 @characters_app.command("show")
 def show_character(folder: Folder, character: Annotated[str, typer.Argument(help="the character's id")]) -> None:
     """A character as the model is told of it, and its greeting."""
-    from .characters import load_characters, system_prompt  # noqa: PLC0415
+    from . import character_commands  # noqa: PLC0415
 
-    known = load_characters(_open(folder).characters)
-    if character not in known:
-        raise FlywheelError(f"there is no character {character!r}; there are {', '.join(known)}.")
-    typer.echo(f"{system_prompt(known[character])}\n\n{known[character].name}: {known[character].greeting}")
+    character_commands.show(_open(folder), character)
 
 
 @characters_app.command("check")
@@ -162,6 +156,68 @@ def check_characters(folder: Folder) -> None:
     from .characters import load_characters  # noqa: PLC0415
 
     typer.echo(f"{len(load_characters(_open(folder).characters))} characters, all readable")
+
+
+@characters_app.command("import")
+def import_cards(
+    folder: Folder,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="character cards, JSON or PNG")],
+    id: Annotated[str | None, typer.Option(help="the character's id; from its name if not said")] = None,
+) -> None:
+    """Bring in character cards. What safety finds clean is published, the rest waits for `review`."""
+    from . import character_commands  # noqa: PLC0415
+
+    character_commands.import_cards(_open(folder), files, id)
+
+
+@characters_app.command("export")
+def export_card(
+    folder: Folder,
+    character: Annotated[str, typer.Argument(help="the character's id")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="where to write it")],
+    format: Annotated[Literal["v2", "v3"], typer.Option(help="the card's version; a picture holds both")] = "v3",
+    form: Annotated[Literal["json", "png"], typer.Option("--as", help="JSON, or inside a picture")] = "json",
+) -> None:
+    """Write a character as a character card."""
+    from . import character_commands  # noqa: PLC0415
+
+    character_commands.export_card(_open(folder), character, format, form, output)
+
+
+@characters_app.command("publish")
+def publish_characters(
+    folder: Folder, character: Annotated[str | None, typer.Argument(help="one id; the folder's if not said")] = None
+) -> None:
+    """Have safety check characters, so that people can talk to them. `serve` does so for the folder's."""
+    from . import character_commands  # noqa: PLC0415
+
+    character_commands.publish(_open(folder), character)
+
+
+@characters_app.command("retire")
+def retire_character(
+    folder: Folder,
+    character: Annotated[str, typer.Argument(help="the character's id")],
+    reason: Annotated[str, typer.Option(help="why; kept with the decision")],
+) -> None:
+    """Take a character out of service."""
+    from . import character_commands  # noqa: PLC0415
+
+    character_commands.retire(_open(folder), character, reason)
+
+
+@characters_app.command("review")
+def review_characters(
+    folder: Folder,
+    character: Annotated[str | None, typer.Argument(help="the character's id; the queue if not said")] = None,
+    approve: Annotated[bool | None, typer.Option("--approve/--refuse", help="the decision")] = None,
+    reason: Annotated[str, typer.Option(help="why; kept with the decision")] = "",
+) -> None:
+    """Decide about a character that waits for a person, or print the queue."""
+    from . import character_commands  # noqa: PLC0415
+
+    decision: Literal["approved", "refused"] | None = None if approve is None else "approved" if approve else "refused"
+    character_commands.review(_open(folder), character, decision, reason)
 
 
 @experiment_app.command("show")

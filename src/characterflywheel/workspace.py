@@ -43,6 +43,11 @@ class Workspace:
         return self.root / "characters"
 
     @property
+    def pictures(self) -> Path:
+        """Pictures of characters, `ID.png`; one without has its initials."""
+        return self.root / "pictures"
+
+    @property
     def database(self) -> Path:
         return self.root / "flywheel.db"
 

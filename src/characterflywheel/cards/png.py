@@ -57,6 +57,11 @@ def read_png(raw: bytes) -> dict[str, object]:
     raise FlywheelError("the picture holds no character card (no `ccv3` or `chara` chunk); was it saved as a copy?")
 
 
+def read_card(raw: bytes) -> dict[str, object]:
+    """The card in a file's bytes, PNG or JSON. Raises FlywheelError where there is none or it is broken."""
+    return read_png(raw) if is_png(raw) else read_json(raw)
+
+
 def write_png(character: Character, picture: bytes | None = None) -> bytes:
     """The character's card in a PNG: V3 in `ccv3`, and V2 in `chara` for programs that read no V3.
 

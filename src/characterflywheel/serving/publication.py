@@ -78,19 +78,12 @@ class Publisher:
         self, character: Character, decision: Literal["approved", "refused"], reason: str, by: str,
         at: datetime | None = None,
     ) -> Publication:  # fmt: skip
-        """A person's word about a version, whatever was decided before."""
-        if not reason.strip():
-            raise FlywheelError(f"the decision about {character.id!r} needs a reason: say why it is {decision}.")
-        if not any(one.version == character.version for one in self.store.versions(character.id)):
-            raise FlywheelError(f"character {character.id!r} has no version {character.version} to decide about.")
-        return self._keep(character, decision, reason.strip(), by, at)
+        """A person's word about a version; see `decide`."""
+        return decide(self.store, character, decision, reason, by, at)
 
     def retire(self, character_id: str, by: str, reason: str, at: datetime | None = None) -> Publication:
         """Take a character out of service, in every version, until a version is approved again."""
-        newest = self.store.character(character_id)
-        if newest is None:
-            raise FlywheelError(f"there is no character {character_id!r} to retire.")
-        return self._keep(newest, "retired", reason, by, at)
+        return retire(self.store, character_id, by, reason, at)
 
     def _numbered(self, character: Character) -> Character:
         """The registered version with this content: the newest, or a new one."""
@@ -112,7 +105,7 @@ class Publisher:
             finding = Finding("refused", "its file says so")
         finding = finding or await examine(self.moderator, texts_of(character))
         reason = f"{finding.reason} (submitted by {by})"
-        return await asyncio.to_thread(self._keep, character, finding.state, reason, SAFETY, at)
+        return await asyncio.to_thread(_keep, self.store, character, finding.state, reason, SAFETY, at)
 
     def _standing(self, character: Character) -> Publication | None:
         history = self.store.publication_history(character.id)
@@ -122,15 +115,36 @@ class Publisher:
         again = last.state == "review" and last.reviewer == SAFETY and last.reason.startswith(_NOT_CHECKED)
         return None if again else last
 
-    def _keep(
-        self, character: Character, state: PublicationState, reason: str, by: str, at: datetime | None
-    ) -> Publication:
-        decision = Publication(
-            id=uuid7(), character_id=character.id, version=character.version, state=state, reason=reason,
-            reviewer=by, created_at=at or datetime.now(UTC),
-        )  # fmt: skip
-        self.store.publish(decision)
-        return decision
+
+def decide(
+    store: EventStore, character: Character, decision: Literal["approved", "refused"], reason: str, by: str,
+    at: datetime | None = None,
+) -> Publication:  # fmt: skip
+    """A person's word about a version, whatever was decided before. Raises FlywheelError without a reason."""
+    if not reason.strip():
+        raise FlywheelError(f"the decision about {character.id!r} needs a reason: say why it is {decision}.")
+    if store.character(character.id, character.version) is None:
+        raise FlywheelError(f"character {character.id!r} has no version {character.version} to decide about.")
+    return _keep(store, character, decision, reason.strip(), by, at)
+
+
+def retire(store: EventStore, character_id: str, by: str, reason: str, at: datetime | None = None) -> Publication:
+    """Take a character out of service, in every version, until a version is approved again."""
+    newest = store.character(character_id)
+    if newest is None:
+        raise FlywheelError(f"there is no character {character_id!r} to retire.")
+    return _keep(store, newest, "retired", reason, by, at)
+
+
+def _keep(
+    store: EventStore, character: Character, state: PublicationState, reason: str, by: str, at: datetime | None
+) -> Publication:
+    decision = Publication(
+        id=uuid7(), character_id=character.id, version=character.version, state=state, reason=reason, reviewer=by,
+        created_at=at or datetime.now(UTC),
+    )  # fmt: skip
+    store.publish(decision)
+    return decision
 
 
 def same_content(one: Character, other: Character) -> bool:
