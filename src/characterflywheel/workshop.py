@@ -12,7 +12,7 @@ from pathlib import Path
 from . import ledger, tables
 from .annotation.candidates import RewritePolicy
 from .annotation.stage import AnnotateSummary, annotate
-from .characters import load_characters
+from .characters import load_characters, roster
 from .config import FlywheelConfig
 from .curation.stage import CurateSummary, curate
 from .errors import FlywheelError, Waiting
@@ -135,13 +135,26 @@ class Workshop:
         return self._people
 
     @cached_property
-    def characters(self) -> dict[str, Character]:
+    def folder_characters(self) -> dict[str, Character]:
         return load_characters(self.workspace.characters)
 
     @cached_property
+    def characters(self) -> dict[str, Character]:
+        """Whom a simulated crowd may talk to. Real people choose in the chat service, which publishes at any time."""
+        if self.config.world is None:
+            return self.folder_characters
+        if self._store is not None:
+            return roster(self.folder_characters, self._store)
+        events = self.workspace.events
+        if isinstance(events, Path) and not events.is_file():
+            return roster(self.folder_characters, None)
+        with EventStore.open(events) as store:  # for a plan
+            return roster(self.folder_characters, store)
+
+    @cached_property
     def known_characters(self) -> dict[str, Character]:
-        """The folder's characters, and those that imported conversations brought along."""
-        return self.store.characters() | self.characters
+        """Those that may be talked to, and every other that has been: retired, or brought along by an import."""
+        return self.store.characters() | roster(self.folder_characters, self.store)
 
     @cached_property
     def characters_identity(self) -> str:
