@@ -44,15 +44,17 @@ class Endpoint:
         async with contextlib.aclosing(self._upstream.blocks(response)) as blocks:
             async for block in blocks:
                 *lines, rest = (rest + block).split(b"\n")
-                if text := "".join([self._event(line, told) for line in lines if line.startswith(b"data:")]):
+                if text := self._text(lines, told):
                     yield Chunk(text)
+                if told.error:
+                    raise told.error
                 if told.done:
                     await _end(response)
                     break
-        if rest.startswith(b"data:") and (text := self._event(rest, told)):
+        if text := self._text([rest], told):
             yield Chunk(text)
         if not told.done and told.finish is None:
-            raise self._upstream.trouble(aiohttp.ClientPayloadError("the stream stopped before its end"))
+            raise told.error or self._upstream.trouble(aiohttp.ClientPayloadError("the stream stopped before its end"))
         yield Chunk("", told.finish or "stop", told.prompt_tokens, told.completion_tokens)
 
     async def ready(self) -> None:
@@ -91,11 +93,11 @@ class Endpoint:
         try:
             answer = json.loads(said)
             choices, usage = answer["choices"], answer.get("usage") or {}
-            written = usage.get("completion_tokens") if len(choices) == 1 else None
+            written = _count(usage.get("completion_tokens")) if len(choices) == 1 else None
             replies = [
                 Reply(
                     str(choice["message"]["content"] or ""), _FINISH.get(choice.get("finish_reason"), "stop"),
-                    usage.get("prompt_tokens"), written,
+                    _count(usage.get("prompt_tokens")), written,
                 )
                 for choice in choices
             ]  # fmt: skip
@@ -104,6 +106,18 @@ class Endpoint:
         if not replies:
             raise self._upstream.garbage(said)
         return replies
+
+    def _text(self, lines: Sequence[bytes], told: "_Told") -> str:
+        """The text of a stream's lines; it ends where one is an error, which goes into `told`."""
+        texts = []
+        for line in lines:
+            if line.startswith(b"data:"):
+                try:
+                    texts.append(self._event(line, told))
+                except BackendError as error:
+                    told.error = error
+                    break
+        return "".join(texts)
 
     def _event(self, line: bytes, told: "_Told") -> str:
         """The text of one event of a stream; what else it says goes into `told`."""
@@ -116,7 +130,8 @@ class Endpoint:
             if "error" in event:
                 raise self._upstream.failed(event["error"])
             if usage := event.get("usage"):
-                told.prompt_tokens, told.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                told.prompt_tokens = _count(usage.get("prompt_tokens"))
+                told.completion_tokens = _count(usage.get("completion_tokens"))
             if not event["choices"]:
                 return ""
             choice = event["choices"][0]
@@ -135,6 +150,11 @@ class _Told:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     done: bool = False
+    error: BackendError | None = None
+
+
+def _count(said: object) -> int | None:
+    return said if isinstance(said, int) else None
 
 
 async def _end(response: aiohttp.ClientResponse) -> None:
