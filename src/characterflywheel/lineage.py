@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from .errors import FlywheelError
 from .scan import Scanner
 
 Kind = Literal["user", "conversation", "row"]
@@ -107,10 +108,17 @@ def closure(tables: Iterable[Table], ids: Ids) -> Ids:
 
 
 def table(path: Path) -> Table:
-    """Read a file's ids. A line that is no JSON object counts as a row without ids."""
+    """Read a file's ids. A line that is no JSON object counts as a row without ids.
+
+    Raises FlywheelError for a Parquet file that cannot be read.
+    """
     columns: list[Column] = []
     own: list[Leaf] = []
-    for leaf in _leaves(path, ids_only=True):
+    try:
+        leaves = list(_leaves(path, ids_only=True))
+    except pa.ArrowInvalid as error:
+        raise FlywheelError(f"{path} is no Parquet file ({error}): remove or restore it.") from error
+    for leaf in leaves:
         kind = kind_of(leaf.name, leaf.holder)
         if kind:
             columns.append(Column(kind, leaf.rows, leaf.values))

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from . import __version__, ids, tables
 
@@ -49,6 +49,10 @@ class ArtifactRecord(BaseModel):
     device: str
     seconds: float
     peak_memory_mb: float
+    erased: dict[str, dict[str, int]] = Field(
+        default_factory=dict,
+        description="rows taken out since, by erasure and file; `outputs` are the files' hashes now",
+    )
 
 
 @dataclass(frozen=True)
@@ -201,12 +205,14 @@ def peak_memory_mb() -> float:
 
 def output_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of an artifact, by path relative to its folder (`artifact.json` left out)."""
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "artifact.json":
-            with path.open("rb") as file:
-                hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "artifact.json")
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from .config import FlywheelConfig
 from .curation.stage import CurateSummary, curate
 from .errors import FlywheelError, Waiting
 from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
-from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank
+from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank, name_arms
 from .llm.base import ChatModel, Sampling
 from .llm.ct2 import CTranslate2Model
 from .llm.encoder import Encoder
@@ -226,7 +226,7 @@ class Workshop:
         approved = [c for c in self.characters.values() if c.safety == "approved"]
         self.people.talk(service, approved, self.number, starts)
         until = self.store.position()
-        if until.messages == after.messages:
+        if until.messages <= after.messages:  # less where the newest rows were erased
             raise Waiting("no message has come in since the last window: serve or import traffic, then run again.")
         return WindowSummary(after=after, until=until, starts=starts)
 
@@ -367,12 +367,14 @@ class Workshop:
     def release(self, work: Work) -> BankSummary:
         """Put the new model into an arm beside the model in service."""
         window: WindowSummary = work.inputs["window"].summary
+        name = f"{self.model_name}-against-{self.parent.name}"
+        if self.config.world is None:  # real users meet the models themselves
+            return name_arms(work, self.config.experiment, name, self.parent.name, self.model_name, window.starts)
         new = self.model(work.inputs["model"] / "model", self.model_name)
         with progress("release") as advance:
             return make_bank(
-                work, self.config.experiment, f"{self.model_name}-against-{self.parent.name}",
-                self._split(work, "experiment"), self.parent_model, new, self.known_characters, window.starts + WEEK,
-                advance,
+                work, self.config.experiment, name, self._split(work, "experiment"), self.parent_model, new,
+                self.known_characters, window.starts + WEEK, advance,
             )  # fmt: skip
 
     def bank(self, artifact: Artifact[BankSummary]) -> Bank:
@@ -380,8 +382,12 @@ class Workshop:
 
     def live(self, work: Work) -> LiveSummary:
         self._claim(work)
-        self.people.live(self.bank(work.inputs["bank"]))
-        return LiveSummary(until=self.store.position())
+        if self.config.world is None:  # the chat service finds the new model through the registry
+            folder = (work.inputs["model"] / "model").relative_to(self.workspace.root).as_posix()
+            release = registry.Release(generation=self.number, model=self.model_name, folder=folder)
+            registry.offer(self.workspace.registry, release, "for its experiment", datetime.now(UTC))
+        ended = self.people.live(self.bank(work.inputs["bank"]))
+        return LiveSummary(until=self.store.position(ended))
 
     def analyse(self, work: Work) -> ExperimentSummary:
         live: LiveSummary = work.inputs["live"].summary
@@ -392,14 +398,14 @@ class Workshop:
         return analyse(work, self.config.experiment, bank.experiment, export)
 
     def _claim(self, work: Work) -> None:
-        """Events cannot be taken back, so a simulated week is lived under one configuration only.
+        """Events cannot be taken back, so a week is lived under one configuration only.
 
         Raises:
             FlywheelError: this generation's week has begun under another one.
         """
-        if self.config.world is None:
-            return
         stage = work.folder.name.rpartition("-")[0]
+        if self.config.world is None and stage == "window":  # what real people said is the same under any
+            return
         file = self.workspace.artifacts / "weeks.json"
         weeks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         begun = weeks.setdefault(f"{stage}-{self.number}", work.folder.name)

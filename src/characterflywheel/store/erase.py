@@ -18,10 +18,11 @@ from sqlalchemy import Text as SqlText
 from ..errors import FlywheelError
 from ..ids import prompt_id
 from ..lineage import Ids, Kind, kind_of
+from ..records import Character
 from . import schema
 from .events import EventStore
 from .rows import microseconds
-from .schema import conversations, messages, remembered, signals
+from .schema import characters, conversations, messages, publications, remembered, signals
 
 _AT_ONCE = 10_000
 _TEXTS = (schema.signals.c.text, schema.moderations.c.withheld)
@@ -39,17 +40,30 @@ class Found(NamedTuple):
     rows: dict[str, int]
 
 
-def erase(store: EventStore, ids: Ids, note: Callable[[Found], None]) -> dict[str, int]:
-    """Delete every row of these users and conversations in one durable transaction; returns how many by table.
+def erase(
+    store: EventStore,
+    ids: Ids,
+    before: datetime | None = None,
+    note: Callable[[Found], None] = lambda found: None,
+) -> dict[str, int]:
+    """Delete all there is of these users and conversations in one durable transaction; rows by table.
 
-    A conversation in which a user spoke goes whole: its replies answer their words. `note` is told what was found
-    before anything is deleted, and nothing is deleted where it raises.
+    A conversation in which a user spoke goes whole: its replies answer their words. With `before`, conversations that
+    nobody has touched since go too, and answers older than that. `note` is told what was found before anything is
+    deleted, and nothing is deleted where it raises.
     """
     with store.erasing() as connection:
+        if before is not None:
+            ids = ids._replace(conversation=ids.conversation | set(connection.scalars(untouched(before))))
         rows = _gather(connection, ids)
-        note(Found(_ids(connection), _texts(connection), rows))
+        brought = _brought_along(connection)
+        note(Found(_ids(connection), _texts(connection) | _told(connection, brought), rows))
         _delete(connection, rows)
-        return rows
+        for one in brought:
+            rows["characters"] += connection.execute(characters.delete().where(characters.c.id == one)).rowcount
+        if before is not None:
+            rows["remembered"] += _forget_answers(connection, before)
+        return {name: count for name, count in rows.items() if count}
 
 
 def retire(store: EventStore, before: datetime) -> dict[str, int]:
@@ -58,11 +72,7 @@ def retire(store: EventStore, before: datetime) -> dict[str, int]:
     Touched: begun, written in, or a reply of it reacted to. Answers kept for repeated requests go by their own age.
     Users and their exposures stay, and so does what was derived from the conversations: see `erase.retain`.
     """
-    with store.erasing() as connection:
-        rows = _gather(connection, Ids(set(), set(connection.scalars(untouched(before))), set()))
-        _delete(connection, rows)
-        rows["remembered"] = rows.get("remembered", 0) + forget_answers(connection, before)
-        return {name: count for name, count in rows.items() if count}
+    return erase(store, Ids(set(), set(), set()), before)
 
 
 def untouched(before: datetime) -> Select[tuple[str]]:
@@ -76,9 +86,10 @@ def untouched(before: datetime) -> Select[tuple[str]]:
     return select(conversations.c.id).where(conversations.c.created_at < moment, ~said, ~reacted)
 
 
-def forget_answers(connection: Connection, before: datetime) -> int:
-    """Delete the answers kept for repeated requests that are older than `before`; returns how many."""
-    return connection.execute(remembered.delete().where(remembered.c.created_at < microseconds(before))).rowcount
+def any_untouched(store: EventStore, before: datetime) -> bool:
+    """Whether there are conversations in which nothing has happened since `before`."""
+    with store.read() as connection:
+        return connection.scalar(untouched(before).limit(1)) is not None
 
 
 def remaining(store: EventStore, ids: Ids) -> dict[str, int]:
@@ -147,6 +158,28 @@ def _gather(connection: Connection, ids: Ids) -> dict[str, int]:
             new = set(connection.scalars(select(table.c.id).where(_theirs(table)))) - _known(connection, kind)
             _add(connection, kind, new)
     return rows
+
+
+def _forget_answers(connection: Connection, before: datetime) -> int:
+    return connection.execute(remembered.delete().where(remembered.c.created_at < microseconds(before))).rowcount
+
+
+def _brought_along(connection: Connection) -> list[str]:
+    """Characters that an import made from these conversations' own words, and that no other conversation is with."""
+    going = conversations.c.id.in_(_of("conversation"))
+    stays = select(conversations.c.character_id).where(~going)
+    published = select(publications.c.character_id)
+    wanted = select(conversations.c.character_id).distinct().where(
+        going, conversations.c.character_id.startswith("imported-", autoescape=True),
+        conversations.c.character_id.not_in(stays), conversations.c.character_id.not_in(published),
+    )  # fmt: skip
+    return list(connection.scalars(wanted))
+
+
+def _told(connection: Connection, ids: list[str]) -> set[str]:
+    """What those characters were told to be."""
+    found = connection.scalars(select(characters.c.record).where(characters.c.id.in_(ids)))
+    return {told.text for record in found for told in Character.model_validate_json(record).instructions}
 
 
 def _delete(connection: Connection, rows: dict[str, int]) -> None:
