@@ -68,18 +68,12 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
         ),
         experiment=_experiment(shop, done, test) if test else None,
         verdict=test.verdict if test else None,
-        verdict_reason=test.reason if test else _untested(shop, decision),
+        verdict_reason=test.reason if test else "the gate let no user meet this model",
         truth=truth,
         samples=f"artifacts/{stages['offline']}/{offline.samples}",
         seconds={name: artifact.record.seconds for name, artifact in done.items()},
         cost=_cost(done),
     )
-
-
-def _untested(shop: Workshop, decision: GateDecision) -> str:
-    if decision.decision == "reject" or (shop.config.gate.held == "stop" and decision.decision == "hold"):
-        return "the gate let no user meet this model"
-    return "an experiment with real users needs the chat service, which this version does not have"
 
 
 def _kept(done: Mapping[str, Artifact[Any]]) -> tuple[Sieve, ...]:

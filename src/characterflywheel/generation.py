@@ -10,6 +10,7 @@ stage's own package. Stages never import one another; only this file puts them t
 """
 
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from . import bookkeeping, ledger
@@ -89,7 +90,8 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     gate = stage("gate", config.gate, GateDecision, shop.decide, evidence)
     allowed: Inputs = {"model": rl, "prompts": curate, "gate": gate, "window": window}
     release = stage("release", config.experiment, BankSummary, shop.release, allowed)
-    live = stage("live", config.world or nothing, LiveSummary, shop.live, {"bank": release})
+    met: Inputs = {"bank": release} if config.world else {"bank": release, "model": rl}
+    live = stage("live", config.world or nothing, LiveSummary, shop.live, met)
     lived: Inputs = {"live": live, "bank": release}
     experiment = stage("experiment", config.experiment, ExperimentSummary, shop.analyse, lived)
     return (window, traffic, curate, annotate, reward, rejection, sft, dpo, rl, offline, style, gate,
@@ -126,7 +128,7 @@ def turn(
     truth = oracle(bank) if bank and oracle else None
     row = bookkeeping.row(number, shop, done, truth)
     if row.verdict == "promote":  # before the ledger, whose row ends the generation: a kill between repeats this
-        moment = done["window"].summary.starts + 2 * WEEK
+        moment = done["window"].summary.starts + 2 * WEEK if config.world else datetime.now(UTC)
         registry.promote(workspace.registry, release_of(workspace, row), row.verdict_reason, moment)
     ledger.append(workspace.ledger, row)
     announce("verdict", f"{row.verdict or 'no experiment'}: {row.verdict_reason}")
@@ -134,12 +136,7 @@ def turn(
 
 
 def may_meet_users(config: FlywheelConfig, decision: str) -> bool:
-    """A model that ships does; one that is held does where `gate.held` says that users decide; a rejected one never.
-
-    Real users need the chat service to assign them to arms, which comes with a later version.
-    """
-    if config.world is None:
-        return False
+    """A model that ships does; one that is held does where `gate.held` says that users decide; a rejected one never."""
     return decision == "ship" or (decision == "hold" and config.gate.held == "experiment")
 
 

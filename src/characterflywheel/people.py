@@ -1,18 +1,20 @@
 """The doors between the pipeline and people, real or simulated.
 
 The pipeline asks `People` to talk, to judge and to live through an experiment, and never knows who they are. Real
-people come through the chat service and the annotation page, so `RealPeople` waits; the embedded world's crowd
-(`simulation`) uses the same event store, chat service and tasks.
+people come through the chat service and the annotation page, so `RealPeople` waits, and their experiments are started
+and stopped in the chat service's store; the embedded world's crowd (`simulation`) uses the same event store, chat
+service and tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from . import desk
-from .errors import Waiting
+from .errors import FlywheelError, Waiting
+from .experiment import running
 from .records import Candidate, Character, ChatMessage, Judgement, Message, Prompt, Source, Task
 
 
@@ -68,16 +70,27 @@ class People(Protocol):
         """Answer annotation tasks."""
         ...
 
-    def live(self, bank: Bank) -> None:
-        """Spend the experiment's days with the arms' replies; what happens goes into the event store."""
+    def live(self, bank: Bank) -> datetime | None:
+        """Spend the experiment's days with the arms' replies; what happens goes into the event store.
+
+        Returns when the experiment ended; None where everything in the store belongs to it.
+        """
         ...
 
 
 class RealPeople:
-    """People who come when they come. The pipeline waits for them; `annotation` is the folder of their desk."""
+    """People who come when they come. The pipeline waits for them.
 
-    def __init__(self, annotation: Path) -> None:
-        self.annotation = annotation
+    Args:
+        annotation: the folder of their desk.
+        store: the chat service's store, which its experiments are started and stopped in.
+        now: the time.
+    """
+
+    def __init__(
+        self, annotation: Path, store: running.ExperimentStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self.annotation, self.store, self.now = annotation, store, now
 
     def talk(self, service: Service, characters: Sequence[Character], generation: int, starts: datetime) -> None:
         """Nothing to do: their conversations are in the store already, through `flywheel serve` or an import."""
@@ -93,5 +106,26 @@ class RealPeople:
             )
         return [judged[task.id] for task in tasks]
 
-    def live(self, bank: Bank) -> None:
-        raise Waiting(f"experiment {bank.experiment} needs the chat service, which this version does not have.")
+    def live(self, bank: Bank) -> datetime:
+        """Start the experiment in the chat service, wait until its days are over, stop it; returns when it ended.
+
+        Raises:
+            FlywheelError: an experiment of this name compares other models.
+            Waiting: its days are not over.
+        """
+        now, lasting = self.now(), timedelta(days=bank.days)
+        found = self.store.experiments().get(bank.experiment)
+        if found is None:
+            arms = {arm: running.Arm(model, bank.arm_share) for arm, model in bank.models.items()}
+            found = running.start(self.store, bank.experiment, arms, now)
+        if found.models != dict(bank.models):
+            raise FlywheelError(
+                f"experiment {bank.experiment!r} was started by hand and compares {found.models}, which is not what "
+                f"this generation compares, {dict(bank.models)}: give the generation a workspace of its own."
+            )
+        if found.state == "running" and now < (ends := found.started_at + lasting):
+            raise Waiting(
+                f"experiment {found.name} began {found.started_at:%Y-%m-%d %H:%M} UTC and lasts until "
+                f"{ends:%Y-%m-%d %H:%M} UTC: keep `flywheel serve` running, and run again then."
+            )
+        return running.stop(self.store, found.name, now).created_at

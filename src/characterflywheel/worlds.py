@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def people_of(workspace: Workspace, config: "FlywheelConfig", store: "EventStore") -> "People":
     """The people of this workspace: the embedded world's crowd, or those who really come."""
     if config.world is None:
-        return RealPeople(workspace.annotation)
+        return RealPeople(workspace.annotation, store)
     from .llm.encoder import Encoder  # noqa: PLC0415 - torch only where it is needed
     from .llm.models import encoder_folder  # noqa: PLC0415
     from .simulation.world import SimulatedPeople  # noqa: PLC0415

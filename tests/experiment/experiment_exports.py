@@ -79,7 +79,7 @@ def crowd(folder: Path, users: int, seed: int, *, depth: float = 1.0, drop_treat
     written = {
         "id": [f"m{i}" for i in range(n)], "conversation_id": names[author], "user_id": names[author],
         "role": ["user"] * n, "content": ["hello"] * n, "model": [None] * n, "experiment": [None] * n,
-        "arm": [None] * n, "fallback": [False] * n,
+        "arm": [None] * n, "fallback": [False] * n, "parent_id": [None] * n, "finish": [None] * n,
         "created_at": pa.array((base + hour * 3.6e9).astype(np.int64)).cast(stamp),
     }  # fmt: skip
     pq.write_table(pa.table(written, schema=tables.arrow_schema(Message)), folder / "messages.parquet")

@@ -8,6 +8,7 @@ from characterflywheel.characters import bundled_characters
 from characterflywheel.errors import FlywheelError, Waiting
 from characterflywheel.people import RealPeople
 from characterflywheel.records import Answers, Candidate, ChatMessage, Judgement, Task
+from characterflywheel.store import EventStore
 
 
 def task(number: int) -> Task:
@@ -33,7 +34,9 @@ def judge(of: Task, **changes: object) -> Judgement:
 
 
 def test_the_pipeline_waits_until_people_have_judged_everything(tmp_path: Path) -> None:
-    people, tasks, answers = RealPeople(tmp_path / "annotation"), [task(1), task(2)], tmp_path / "answers.jsonl"
+    with EventStore.open(tmp_path / "flywheel.db") as store:
+        people = RealPeople(tmp_path / "annotation", store)
+    tasks, answers = [task(1), task(2)], tmp_path / "answers.jsonl"
     with pytest.raises(Waiting, match="2 of 2 annotation tasks await judgement"):
         people.judge(tasks)
     assert desk.export(tmp_path / "annotation", tmp_path / "tasks.jsonl") == 2

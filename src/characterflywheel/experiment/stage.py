@@ -48,6 +48,8 @@ class BankSummary(Record):
 
     def line(self) -> str:
         """One line for the run's log."""
+        if not self.contexts:
+            return f"{self.experiment}: real users meet both models"
         arms = "; ".join(
             f"{arm} {self.mean_words[arm]:.0f} words, {self.finished_share[arm]:.0%} finished"
             for arm in self.mean_words
@@ -136,14 +138,7 @@ def make_bank(
             draw = partial(_draw, model, arm, chunk, config, work.seed)
             replies[arm] += work.resumed(f"{arm}-{begin:05}", Candidate, draw)
             on_progress(sum(map(len, replies.values())), total)
-    header = BankHeader(
-        experiment=name, models={arm: model.name for arm, model in models.items()},
-        starts=starts, days=config.days, arm_share=config.arm_share,
-    )  # fmt: skip
-    tables.write(work.folder / "contexts.parquet", Prompt, contexts)
-    for arm in models:
-        tables.write(work.folder / f"replies_{arm}.parquet", Candidate, replies[arm])
-    write_atomically(work.folder / "bank.json", header.model_dump_json(indent=1) + "\n")
+    _write(work, config, name, {arm: model.name for arm, model in models.items()}, starts, contexts, replies)
     return BankSummary(
         experiment=name,
         contexts=len(contexts),
@@ -152,6 +147,15 @@ def make_bank(
         mean_words={arm: sum(len(r.text.split()) for r in rows) / len(rows) for arm, rows in replies.items()},
         finished_share={arm: sum(r.finish_reason == "stop" for r in rows) / len(rows) for arm, rows in replies.items()},
     )
+
+
+def name_arms(
+    work: Work, config: ExperimentConfig, name: str, control: str, treatment: str, starts: datetime
+) -> BankSummary:
+    """A bank without contexts, which says what is compared: real users meet the models themselves."""
+    models = {CONTROL: control, TREATMENT: treatment}
+    _write(work, config, name, models, starts, (), dict.fromkeys(models, ()))
+    return BankSummary(experiment=name, contexts=0, users=0, replies_per_arm=0, mean_words={}, finished_share={})
 
 
 def load_bank(folder: Path, characters: Mapping[str, Character]) -> Bank:
@@ -214,6 +218,25 @@ def analyse(work: Work, config: ExperimentConfig, name: str, store_export: Path)
         verdict=verdict.decision,
         reason=verdict.reason,
     )
+
+
+def _write(
+    work: Work,
+    config: ExperimentConfig,
+    name: str,
+    models: Mapping[str, str],
+    starts: datetime,
+    contexts: Sequence[Prompt],
+    replies: Mapping[str, Sequence[Candidate]],
+) -> None:
+    """The tables and, last, the header of a bank."""
+    header = BankHeader(
+        experiment=name, models=dict(models), starts=starts, days=config.days, arm_share=config.arm_share
+    )
+    tables.write(work.folder / "contexts.parquet", Prompt, contexts)
+    for arm, drawn in replies.items():
+        tables.write(work.folder / f"replies_{arm}.parquet", Candidate, drawn)
+    write_atomically(work.folder / "bank.json", header.model_dump_json(indent=1) + "\n")
 
 
 def _sample(prompts: Sequence[Prompt], size: int, seed: int) -> list[Prompt]:

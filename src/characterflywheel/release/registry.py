@@ -1,7 +1,8 @@
 """Which model is in service, and how it came there: `registry.json` in the workspace (PAPER section 8, DESIGN 10).
 
-The history of promotions and rollbacks is the truth; the model in service follows from it. Writing is atomic, and a
-promotion that a killed run repeats changes nothing.
+The history of promotions and rollbacks is the truth; the model in service follows from it. A model that was offered may
+meet users in an experiment's arm, and serves nobody else. Writing is atomic, and a promotion that a killed run repeats
+changes nothing.
 """
 
 import json
@@ -25,9 +26,9 @@ class Release(Record):
 
 
 class Step(Record):
-    """One change of what is in service; `release` serves after it, None being the base model."""
+    """One change of what may serve. `release` serves after it, None being the base model; an offer changes nothing."""
 
-    action: Literal["promote", "rollback"]
+    action: Literal["promote", "rollback", "offer"]
     release: Release | None
     reason: str
     at: datetime
@@ -45,7 +46,7 @@ class Registry(Record):
         for step in self.history:
             if step.action == "rollback":
                 stack.pop()
-            elif step.release is not None:
+            elif step.action == "promote" and step.release is not None:
                 stack.append(step.release)
         return tuple(stack)
 
@@ -77,6 +78,14 @@ def promote(path: Path, release: Release, reason: str, at: datetime) -> Registry
     if registry.in_service == release:
         return registry
     return _write(path, registry, Step(action="promote", release=release, reason=reason, at=at))
+
+
+def offer(path: Path, release: Release, reason: str, at: datetime) -> Registry:
+    """Let the chat service find a model that an experiment's arm names. What is in service stays; twice is once."""
+    registry = read(path)
+    if any(step.release == release for step in registry.history):
+        return registry
+    return _write(path, registry, Step(action="offer", release=release, reason=reason, at=at))
 
 
 def rollback(path: Path, reason: str, at: datetime) -> Registry:

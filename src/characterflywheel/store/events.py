@@ -271,13 +271,16 @@ class EventStore:
         with self.read() as connection:
             return lookups.one(connection, schema.remembered, Remembered, id)
 
-    def position(self) -> Position:
-        """Where the store ends now."""
+    def position(self, at: datetime | None = None) -> Position:
+        """Where the store ends now; with `at`, where it ended then: the last rows of that time or before."""
         with self.read() as connection:
-            last = {
-                name: connection.scalar(select(func.coalesce(func.max(schema.NUMBERED[name].c.seq), 0)))
-                for name in schema.WINDOWED
-            }
+            last = {}
+            for name in schema.WINDOWED:
+                table = schema.NUMBERED[name]
+                newest = select(func.coalesce(func.max(table.c.seq), 0))
+                last[name] = connection.scalar(
+                    newest if at is None else newest.where(table.c.created_at <= microseconds(at))
+                )
         return Position.model_validate(last)
 
     def export(self, folder: Path, after: Position, until: Position, *, consenting_only: bool = True) -> None:
@@ -315,8 +318,7 @@ class EventStore:
 
     def _append(self, tables: Mapping[str, list[Row]], characters: Sequence[Character] = ()) -> int:
         """Append rows by table, characters first, in one transaction; returns how many were new."""
-        wanted = {name: list({row[0]: row for row in reversed(given)}.values())[::-1]
-                  for name, given in tables.items() if given}  # fmt: skip
+        wanted = {name: _first_by_id(given) for name, given in tables.items() if given}
         if not wanted and not characters:
             return 0
         try:
@@ -347,6 +349,14 @@ class EventStore:
             added += connection.exec_driver_sql(schema.insert(table, "sqlite", size), some).rowcount
             start += size
         return added
+
+
+def _first_by_id(given: list[Row]) -> list[Row]:
+    """The rows without repeats: the first of an id counts, as it does between appends."""
+    known: dict[object, Row] = {}
+    for row in given:
+        known.setdefault(row[0], row)
+    return list(known.values())
 
 
 def _register(connection: Connection, character: Character) -> bool:
