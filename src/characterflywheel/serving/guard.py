@@ -6,6 +6,7 @@ model for a few seconds, then lets one request through to see. Whatever happens,
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -192,7 +193,8 @@ class Guarded:
                 await place
             except asyncio.CancelledError:
                 if place.cancelled():
-                    self._queue.remove(place)
+                    with contextlib.suppress(ValueError):  # passed over already
+                        self._queue.remove(place)
                 else:  # it was given the place in the same moment
                     self._next()
                 raise
