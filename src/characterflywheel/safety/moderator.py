@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Literal, NamedTuple, Protocol
 
@@ -165,7 +165,7 @@ async def screened(
     moderator: Moderator,
     context: str = "",
     hold: Literal["sentence", "reply"] = "sentence",
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """Pass a reply on, sentence by sentence or whole, each part once the reply up to its end has passed its check.
 
     A sentence that does not end is cut at a word after 400 characters. A part that does not pass ends the stream, and

@@ -5,7 +5,7 @@ Stateless but for caches of seconds: any number of processes may serve one Postg
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 
@@ -14,7 +14,6 @@ from starlette.types import ASGIApp
 
 from .. import __version__
 from ..config import FlywheelConfig
-from ..erase import retire
 from ..errors import FlywheelError
 from ..safety.moderator import make_moderator
 from ..store import EventStore
@@ -37,8 +36,12 @@ _REFRESH_SECONDS = 5.0
 _DAY_SECONDS = 86_400.0
 
 
-def make_app(workspace: Workspace, config: FlywheelConfig) -> ASGIApp:
+def make_app(
+    workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub], None] = lambda hub: None
+) -> ASGIApp:
     """The service of a workspace as an ASGI application; its parts open with the application's lifespan.
+
+    `opened` is given the parts once they are open, for programs that embed the service.
 
     Raises:
         FlywheelError: the configuration names something that cannot be.
@@ -49,6 +52,7 @@ def make_app(workspace: Workspace, config: FlywheelConfig) -> ASGIApp:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             app.state.hub = hub = await _open(workspace, config, metrics, stack)
+            opened(hub)
             for chore in (_follow_releases(hub), _retire_daily(hub)):
                 task = asyncio.create_task(chore)
                 stack.callback(task.cancel)
@@ -117,6 +121,8 @@ async def _follow_releases(hub: Hub) -> None:
 
 async def _retire_daily(hub: Hub) -> None:
     """Erase conversations that nobody has touched for `server.retention_days`."""
+    from ..erase import retire  # noqa: PLC0415 - only where something is retired
+
     days = hub.config.server.retention_days
     while days is not None:
         try:

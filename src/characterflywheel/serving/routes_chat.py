@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 from fastapi import APIRouter, Request, Response
 
@@ -42,14 +43,8 @@ async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chat
     if body.stream:
         if (body.n or 1) > 1:
             raise ApiError(400, "invalid_request", "A stream has one reply: ask for n = 1.", "n")
-        raw = body_digest(await request.body())
-        known = await _remembered(hub, key, raw) if key else None
-        if known is not None:
-            return EventStream(_replayed(known.response))
-        return EventStream(_stream(hub, body, await _begin(hub, body, user, key), key, raw))
-    if key is None:
-        return Response(await _whole(hub, body, user, None, None), media_type=_JSON)
-    return await _once(hub, key, await request.body(), body, user)
+        return EventStream(_stream_once(hub, body, user, key, await request.body()))
+    return Response(*await _whole_once(hub, body, user, key, await request.body()), media_type=_JSON)
 
 
 @router.get("/v1/models")
@@ -64,27 +59,54 @@ async def model(id: str, hub: Shared, principal: Chatting) -> ModelCard:
     return _card(await _character(hub, id))
 
 
-async def _once(hub: Hub, key: str, raw: bytes, body: ChatRequest, user: User) -> Response:
-    """A request with an idempotency key is answered once; whoever repeats it gets the same answer."""
-    digest = body_digest(raw)
-    running = hub.being_answered.get(key)
-    if running is not None:
+async def _whole_once(
+    hub: Hub, body: ChatRequest, user: User, key: str | None, raw: bytes
+) -> tuple[str, int, dict[str, str]]:
+    """Content, status and headers of a whole answer; a request with a known idempotency key gets the same again."""
+    async with _alone(hub, key):
+        digest = body_digest(raw) if key else None
+        known = await _remembered(hub, key, digest)
+        if known is not None:
+            return known.response, known.status, {"Idempotent-Replayed": "true"}
+        return await _whole(hub, body, user, key, digest), 200, {}
+
+
+async def _stream_once(
+    hub: Hub, body: ChatRequest, user: User, key: str | None, raw: bytes
+) -> AsyncGenerator[bytes, None]:
+    """The events of a streamed answer; a request with a known idempotency key gets the same text again."""
+    async with _alone(hub, key):
+        digest = body_digest(raw) if key else None
+        known = await _remembered(hub, key, digest)
+        if known is not None:
+            events = _replayed(known.response)
+        else:
+            events = _stream(hub, body, await _begin(hub, body, user, key), key, digest)
+        async with aclosing(events):
+            async for event in events:
+                yield event
+
+
+@asynccontextmanager
+async def _alone(hub: Hub, key: str | None) -> AsyncIterator[None]:
+    """Let requests with one idempotency key pass one after the other: the second finds the first's answer."""
+    if key is None:
+        yield
+        return
+    while (running := hub.being_answered.get(key)) is not None:
         await asyncio.wait([running])
-    known = await _remembered(hub, key, digest)
-    if known is not None:
-        return Response(known.response, known.status, {"Idempotent-Replayed": "true"}, _JSON)
-    if key in hub.being_answered:  # somebody else began while we looked
-        return await _once(hub, key, raw, body, user)
     answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     hub.being_answered[key] = answered
     try:
-        return Response(await _whole(hub, body, user, key, digest), media_type=_JSON)
+        yield
     finally:
         del hub.being_answered[key]
         answered.set_result(None)
 
 
-async def _remembered(hub: Hub, key: str, digest: str) -> Remembered | None:
+async def _remembered(hub: Hub, key: str | None, digest: str | None) -> Remembered | None:
+    if key is None:
+        return None
     known = await asyncio.to_thread(hub.store.remembered, key)
     if known is not None and known.body != digest:
         raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
@@ -110,18 +132,21 @@ def _memory(hub: Hub, user: User, key: str | None, digest: str | None, answer: s
     return Remembered(id=key, user_id=user.id, body=digest, status=200, response=answer, created_at=hub.clock())
 
 
-async def _stream(hub: Hub, body: ChatRequest, turn: Turn, key: str | None, digest: str) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    hub: Hub, body: ChatRequest, turn: Turn, key: str | None, digest: str | None
+) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer. The chunk with the finish reason comes after the commit."""
     with being_written(hub, turn), hub.metrics.open_streams.track_inprogress():
         shown, said = "", None
         try:
-            async for said in pieces(hub, turn):
-                added = said.text[len(shown) :] if said.text.startswith(shown) else said.text
-                if added:
-                    if not shown:
-                        hub.metrics.first_chunk.observe(time.monotonic() - turn.began)
-                    yield _event(_chunk(turn, said, Delta(role=None if shown else "assistant", content=added)))
-                shown = said.text
+            async with aclosing(pieces(hub, turn)) as growing:
+                async for said in growing:
+                    added = said.text[len(shown) :] if said.text.startswith(shown) else said.text
+                    if added:
+                        if not shown:
+                            hub.metrics.first_chunk.observe(time.monotonic() - turn.began)
+                        yield _event(_chunk(turn, said, Delta(role=None if shown else "assistant", content=added)))
+                    shown = said.text
             assert said is not None
             answer = _completion(turn, [said]).model_dump_json()
             await commit(hub, turn, [said], _memory(hub, turn.asked.user, key, digest, answer))
@@ -152,9 +177,9 @@ async def _replayed(answer: str) -> AsyncGenerator[bytes, None]:
         flywheel_message=known.flywheel_message, flywheel_model=known.flywheel_model,
         flywheel_fallback=choice.flywheel_fallback,
     )  # fmt: skip
-    yield _event(chunk.model_dump_json())
+    yield _event(chunk.model_dump_json(exclude_none=True))
     last = (ChunkChoice(delta=Delta(), finish_reason=choice.finish_reason),)
-    yield _event(chunk.model_copy(update={"choices": last}).model_dump_json())
+    yield _event(chunk.model_copy(update={"choices": last}).model_dump_json(exclude_none=True))
     yield b"data: [DONE]\n\n"
 
 
@@ -206,12 +231,12 @@ def _completion(turn: Turn, said: list[Said]) -> ChatCompletion:
 
 
 def _chunk(turn: Turn, said: Said, delta: Delta | None, reason: str | None = None, usage: Usage | None = None) -> str:
-    choices = () if delta is None else (ChunkChoice(delta=delta, finish_reason=reason),)  # type: ignore[arg-type]
+    choices = () if delta is None else (ChunkChoice(delta=delta, finish_reason=reason),)
     return ChatChunk(
         id=said.id, created=int(turn.asked.utterance.created_at.timestamp()), model=turn.asked.character.id,
         choices=choices, usage=usage, flywheel_conversation=turn.asked.conversation_id,
         flywheel_message=turn.asked.utterance.id, flywheel_model=turn.model, flywheel_fallback=said.fallback,
-    ).model_dump_json()  # fmt: skip
+    ).model_dump_json(exclude_none=True)  # fmt: skip
 
 
 def _event(data: str) -> bytes:

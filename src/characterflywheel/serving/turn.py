@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
 from ..cards import assemble
 from ..ids import derive_id, derive_seed, uuid7
@@ -48,6 +48,7 @@ class Turn:
     refusal: SafetyVerdict | None
     earlier: asyncio.Future[None]
     reply_ids: tuple[str, ...]
+    keyed: bool
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -90,6 +91,7 @@ async def begin(hub: Hub, request: ChatRequest, asked: Asked, key: str | None) -
         asked=asked, model=model, assigned=assigned, sampling=_sampling(hub, request),
         prompt=_prompt(hub, request, asked), refusal=None if verdict.allowed else verdict, earlier=earlier,
         reply_ids=tuple(derive_id("reply", key, i) if key else uuid7() for i in range(request.n or 1)),
+        keyed=key is not None,
     )  # fmt: skip
 
 
@@ -132,10 +134,11 @@ async def pieces(hub: Hub, turn: Turn) -> AsyncGenerator[Said, None]:
     try:
         with _timed(hub, turn) as span:
             context = turn.asked.utterance.content
-            async for last in screened(chunks, hub.moderator, context, hub.config.safety.hold):
-                shown += last.text
-                if last.text.strip():
-                    yield Said(id, shown, "stop")
+            async with aclosing(screened(chunks, hub.moderator, context, hub.config.safety.hold)) as passing:
+                async for last in passing:
+                    shown += last.text
+                    if last.text.strip():
+                        yield Said(id, shown, "stop")
             final = _final(turn, id, shown, last)
             span.answered(final)
         shown = ""
@@ -262,7 +265,12 @@ def _final(turn: Turn, id: str, shown: str, last: Piece) -> Said:
 
 
 def _leave(hub: Hub, turn: Turn, said: Said) -> None:
-    """Store what a user saw of a reply that nobody waits for any more."""
+    """Store what a user saw of a reply that nobody waits for any more.
+
+    A request with an idempotency key may come again, and is then answered under the reply's id: what was left has
+    another.
+    """
+    said = replace(said, id=uuid7()) if turn.keyed else said
     with suppress(JournalFull):
         hub.journal.put(_events(hub, turn, [said], None)).add_done_callback(_noted)
 
