@@ -177,9 +177,9 @@ async def _replayed(answer: str) -> AsyncGenerator[bytes, None]:
         flywheel_message=known.flywheel_message, flywheel_model=known.flywheel_model,
         flywheel_fallback=choice.flywheel_fallback,
     )  # fmt: skip
-    yield _event(chunk.model_dump_json(exclude_none=True))
+    yield _event(chunk.model_dump_json())
     last = (ChunkChoice(delta=Delta(), finish_reason=choice.finish_reason),)
-    yield _event(chunk.model_copy(update={"choices": last}).model_dump_json(exclude_none=True))
+    yield _event(chunk.model_copy(update={"choices": last}).model_dump_json())
     yield b"data: [DONE]\n\n"
 
 
@@ -236,7 +236,7 @@ def _chunk(turn: Turn, said: Said, delta: Delta | None, reason: str | None = Non
         id=said.id, created=int(turn.asked.utterance.created_at.timestamp()), model=turn.asked.character.id,
         choices=choices, usage=usage, flywheel_conversation=turn.asked.conversation_id,
         flywheel_message=turn.asked.utterance.id, flywheel_model=turn.model, flywheel_fallback=said.fallback,
-    ).model_dump_json(exclude_none=True)  # fmt: skip
+    ).model_dump_json()  # fmt: skip
 
 
 def _event(data: str) -> bytes:

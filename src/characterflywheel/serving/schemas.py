@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer
 
 from ..records import Finish, Record, Role, SignalKind
 
@@ -109,10 +109,14 @@ class ChatCompletion(Record):
 
 
 class Delta(Record):
-    """What a chunk of a streamed answer adds."""
+    """What a chunk of a streamed answer adds; what it does not add is not named."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+
+    @model_serializer
+    def _what_it_adds(self) -> dict[str, str]:
+        return {name: value for name, value in (("role", self.role), ("content", self.content)) if value is not None}
 
 
 class ChunkChoice(Record):
