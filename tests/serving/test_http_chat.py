@@ -174,3 +174,16 @@ def test_models_are_the_characters(served: Service) -> None:
 def rows(served: Service) -> list[Any]:
     with served.store.read() as connection:
         return list(connection.exec_driver_sql("SELECT id FROM messages").all())
+
+
+def test_a_request_that_comes_again_stands_where_it_stood(served: Service) -> None:
+    opened = served.client.post("/v1/conversations", json={"character": "pirate", "user": "again"}).json()
+    place = {"user": "again", "flywheel_conversation": opened["id"], "headers": {"Idempotency-Key": "again-1"}}
+    first = served.chat("hello", **place).json()
+    with served.store.write() as connection:  # as if the service had died before it could remember
+        connection.exec_driver_sql("DELETE FROM remembered WHERE response LIKE ?", (f"%{first['id']}%",))
+    second = served.chat("hello", **place).json()
+    assert second["flywheel_message"] == first["flywheel_message"]
+    kept = served.store.conversation(opened["id"])
+    assert kept is not None
+    assert [message.content for message in kept.messages].count("hello") == 2  # the utterance, and its echo

@@ -43,7 +43,7 @@ async def locate(
     if request.flywheel_regenerate:
         return await _again(hub, request.flywheel_regenerate, character, user)
     if request.flywheel_conversation:
-        return await _onward(hub, request, character, user, at)
+        return await _onward(hub, request, character, user, at, key)
     return await _by_history(hub, request, character, user, at, key)
 
 
@@ -55,21 +55,33 @@ async def own_conversation(hub: Hub, id: str, user: User) -> Conversation:
     return found
 
 
-async def _onward(hub: Hub, request: ChatRequest, character: Character, user: User, at: datetime) -> Asked:
-    """The next utterance of a conversation whose history is ours: only the request's last message is read."""
+async def _onward(
+    hub: Hub, request: ChatRequest, character: Character, user: User, at: datetime, key: str | None
+) -> Asked:
+    """The next utterance of a conversation whose history is ours: only the request's last message is read.
+
+    A request that comes again, with its idempotency key or after a reply that broke off, stands where it stood before.
+    """
     assert request.flywheel_conversation
     conversation = await own_conversation(hub, request.flywheel_conversation, user)
     character = await _its_character(hub, conversation, character)
+    text, id = request.messages[-1].text, derive_id("utterance", key) if key else None
+    known = next((message for message in conversation.messages if message.id == id), None)
+    if known is not None:
+        before = path(conversation.messages, known.parent_id) if known.parent_id else []
+        return Asked(user, character, conversation.id, said(before), known, Events())
     signals = await asyncio.to_thread(hub.store.signals_of, conversation.id)
     picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
     before = path(conversation.messages, request.flywheel_parent, picks)
     if request.flywheel_parent and not before:
         raise not_found("message", request.flywheel_parent, "flywheel_parent")
+    if len(before) > 1 and before[-1].finish in ("cancelled", "error") and before[-2].content == text:
+        before = before[:-2]
     while before and before[-1].role == "user":  # said, but never answered: this utterance takes its place
         before.pop()
     parent = before[-1].id if before else None
-    text = request.messages[-1].text
     utterance = _utterance(conversation.id, user, parent, text, at, conversation.created_at)
+    utterance = utterance.model_copy(update={"id": id}) if id else utterance
     return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
 
 
