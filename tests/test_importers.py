@@ -107,7 +107,7 @@ def test_corrupt_lines_are_named_and_kept_and_the_rest_imported(store: EventStor
         ("dataset.json", b"{}", "chitchat", "the file is empty"),
         ("dataset.json", b"[]", "chitchat", "holds a list"),
         ("dataset.json", b"{", "chitchat", "is not JSON"),
-        ("x.jsonl", b"", "sillytavern", "does not exist; there are openai, chitchat"),
+        ("x.jsonl", b"", "csv", "does not exist; there are openai, sillytavern, chitchat"),
     ],
 )
 def test_a_useless_file_is_one_clear_error(

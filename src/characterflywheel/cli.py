@@ -117,7 +117,9 @@ def report(
 def import_(
     folder: Folder,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="what to import; `package` for chitchat-dataset's own")],
-    format: Annotated[Literal["openai", "chitchat"], typer.Option(help="how FILE is written")] = "openai",
+    format: Annotated[
+        Literal["openai", "sillytavern", "chitchat"], typer.Option(help="how FILE is written")
+    ] = "openai",
 ) -> None:
     """Bring conversations of real people into the event store. Bad lines are kept aside, the rest comes in."""
     workspace = _open(folder)
@@ -363,6 +365,31 @@ def rollback(folder: Folder, reason: Annotated[str, typer.Option(help="why; kept
     from . import commands  # noqa: PLC0415
 
     commands.rollback(_open(folder), reason)
+
+
+@app.command()
+def forget(
+    folder: Folder, user: Annotated[str, typer.Argument(metavar="USER", help="the user's id")], as_json: AsJson = False
+) -> None:
+    """Erase a user from the store and from everything derived, and prove it. Models cannot unlearn; they are named."""
+    workspace = _open(folder)
+    from . import erase  # noqa: PLC0415
+
+    done = erase.forget(workspace, user)
+    typer.echo(done.model_dump_json(indent=1) if as_json else done.text())
+
+
+@app.command()
+def retain(
+    folder: Folder,
+    days: Annotated[int | None, typer.Option(min=1, help="instead of server.retention_days in flywheel.toml")] = None,
+) -> None:
+    """Erase conversations that nobody has touched for so many days, from the store and from everything derived."""
+    workspace = _open(folder)
+    from . import erase  # noqa: PLC0415
+
+    done = erase.retain(workspace, days)
+    typer.echo(done.text() if done else "no conversation has been untouched for so long")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Bring in conversations from elsewhere: OpenAI-style JSON lines, and chitchat-dataset (people talking to people).
+"""Bring in conversations from elsewhere: OpenAI-style JSON lines, SillyTavern's chats, and chitchat-dataset.
 
 A line that cannot be read is named by its number, kept aside verbatim with its error, and the rest is imported; mend
 the kept lines and import that file. Ids follow from the content, so importing a file twice adds nothing.
@@ -8,8 +8,13 @@ registered character), `source`, `consent`, and on the conversation or on a mess
 `model` may be given; other keys are ignored. A leading system message is the description of a character of its own
 unless `character` names one. Without a time, messages count seconds from 1970; a time without zone is UTC.
 
-`chitchat`: dataset.json of that package. Whoever wrote first is the user, the other person answers as the
-assistant; senders and times are kept, and the conversation's ratings (1 to 10) become rating signals (1 to 5).
+`sillytavern`: a chat file, one conversation. Its character is the registered one of that name; without one, a bare
+character is made. Replies that were swiped away become alternatives with a regenerate signal each. The file imported
+again when the chat has grown adds what is new.
+
+`chitchat`: dataset.json of that package, people talking to people. Whoever wrote first is the user, the other person
+answers as the assistant; senders and times are kept, and the conversation's ratings (1 to 10) become rating signals (1
+to 5).
 """
 
 import hashlib
@@ -24,6 +29,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
+from . import sillytavern
 from .errors import FlywheelError
 from .ids import derive_id
 from .pipeline import write_atomically
@@ -88,7 +94,7 @@ class _RefusedError(Exception):
 def import_file(
     store: EventStore,
     path: Path,
-    format: Literal["openai", "chitchat"],
+    format: Literal["openai", "sillytavern", "chitchat"],
     rejected_folder: Path,
     on_progress: Progress = lambda done, total: None,
 ) -> ImportSummary:
@@ -260,11 +266,11 @@ def _parse_openai(entry: _Entry, known: Mapping[str, Character]) -> _Parsed:
     return _Parsed((user,), character, _conversation(conversation_id, user_id, character, line.source, messages))
 
 
-def _described(system: str) -> Character:
+def _described(system: str, name: str = "Assistant") -> Character:
     """The character that a system message describes; the same words are the same character."""
     text = system.strip() or "Be good company."
     return Character(
-        id=f"imported-{hashlib.sha256(text.encode()).hexdigest()[:12]}", name="Assistant", category="imported",
+        id=f"imported-{hashlib.sha256(text.encode()).hexdigest()[:12]}", name=name, category="imported",
         traits=(), instructions=(Instruction(text=text),), greeting="",
     )  # fmt: skip
 
@@ -278,6 +284,64 @@ def _conversation(id: str, user: str, character: Character, source: Source, mess
         id=id, user_id=user, character_id=character.id, character_version=character.version, source=source,
         created_at=messages[0].created_at, messages=tuple(messages),
     )  # fmt: skip
+
+
+# SillyTavern
+
+
+def _read_sillytavern(path: Path) -> Iterator[_Entry]:
+    """The file's readable lines as one entry; each line that is not is an entry of its own, to be refused."""
+    good: list[bytes] = []
+    read = 0
+    for entry in _read_lines(path):
+        read = entry.read
+        if sillytavern.is_readable(entry.raw):
+            good.append(entry.raw.strip())
+        else:
+            yield entry
+    if good:
+        yield _Entry(1, b"\n".join(good), read)
+
+
+def _parse_sillytavern(entry: _Entry, known: Mapping[str, Character]) -> _Parsed:
+    try:
+        chat = sillytavern.chat_of(entry.raw.split(b"\n"))
+    except sillytavern.NotAChatError as error:
+        raise _RefusedError(str(error)) from None
+    named = (one for one in known.values() if one.name.casefold() == chat.character.casefold())
+    character = next(named, None) or _described(f"You are {chat.character}.", chat.character)
+    user_id = derive_id("sillytavern", "user", chat.user)
+    messages, signals = list[Message](), list[Signal]()
+    at = (chat.starts or chat.said[0].at or _UNKNOWN_TIME) - timedelta(seconds=1)
+    asked: str | None = None
+    copies = Counter[tuple[Role, str]]()  # ids follow from words, so that they stay when the chat has grown
+    for said in chat.said:
+        at = max(said.at or at + timedelta(seconds=1), at)
+        # an unused greeting was no reply; the reply that was kept arrives last, for that is where the chat goes on
+        others = [n for n in range(len(said.texts)) if n != said.number] if asked else []
+        written: dict[int, Message] = {}
+        for n in (*others, said.number):
+            words = (said.role, said.texts[n])
+            copies[words] += 1
+            written[n] = Message(
+                id=derive_id("sillytavern", chat.id, *words, copies[words]),
+                conversation_id=chat.id, user_id=user_id, role=said.role, content=said.texts[n], model=said.model,
+                parent_id=asked if others else None, created_at=at,
+            )  # fmt: skip
+        messages += written.values()
+        acts = [(written[n].id, "regenerate") for n in range(len(said.texts) - 1) if others]
+        acts += [(written[said.number].id, "pick")] if others and said.number < len(said.texts) - 1 else []
+        signals += [
+            Signal(
+                id=derive_id("sillytavern", id, kind), message_id=id, user_id=user_id,
+                kind="pick" if kind == "pick" else "regenerate", created_at=at,
+            )
+            for id, kind in acts
+        ]  # fmt: skip
+        if said.role == "user":
+            asked = written[said.number].id
+    user = User(id=user_id, population="user", created_at=messages[0].created_at)
+    return _Parsed((user,), character, _conversation(chat.id, user_id, character, "user", messages), tuple(signals))
 
 
 # chitchat-dataset
@@ -345,4 +409,8 @@ def _parse_chitchat(entry: _Entry, known: Mapping[str, Character]) -> _Parsed:
 
 _READERS: Mapping[
     str, tuple[Callable[[Path], Iterator[_Entry]], Callable[[_Entry, Mapping[str, Character]], _Parsed]]
-] = {"openai": (_read_lines, _parse_openai), "chitchat": (_read_chitchat, _parse_chitchat)}
+] = {
+    "openai": (_read_lines, _parse_openai),
+    "sillytavern": (_read_sillytavern, _parse_sillytavern),
+    "chitchat": (_read_chitchat, _parse_chitchat),
+}
