@@ -45,6 +45,22 @@ class Erasure(Record):
     begun_again: tuple[str, ...] = ()
     proof: Proof
 
+    def text(self) -> str:
+        """What was done, for people, a line for each part."""
+        what = "forgotten" if self.kind == "forget" else f"conversations untouched since {self.before:%Y-%m-%d} erased"
+        rows = ", ".join(f"{name} {count}" for name, count in self.rows.items()) or "none"
+        lines = [
+            f"{what} on {self.at:%Y-%m-%d %H:%M} UTC",
+            f"  rows of the store: {rows}",
+            f"  rows of files: {sum(self.files.values())} in {len(self.files)} files",
+        ]
+        if self.begun_again:
+            lines.append(f"  begins again, since it was not complete: {', '.join(self.begun_again)}")
+        if self.models:
+            lines.append(f"  cannot be unlearnt: {len(self.models)} models were made from these rows")
+            lines += [f"    {one.folder}: {one.why}" for one in self.models]
+        return "\n".join([*lines, f"  {self.proof.line()}"])
+
 
 class _Journal(Record):
     """What an erasure still has to do, and what it did: names the erased, and is deleted when all is done."""
@@ -143,7 +159,8 @@ def _carry_out(workspace: Workspace, store: EventStore, journal: _Journal) -> Er
 
     deleted = stored.erase(store, journal.ids, journal.before, note)
     journal = journal.knowing(journal.ids, rows=deleted)
-    sought = proof.needles(store, journal.ids, journal.texts)
+    shared = proof.common(store, journal.ids, journal.texts)
+    sought = proof.needles(journal.ids, journal.texts, shared)
     plan = erase_files.plan(root, journal.ids, sought)
     journal = journal.knowing(plan.ids).model_copy(update={
         "files": _most(journal.files, {name: len(rows) for name, rows in plan.rows.items()}),
@@ -159,9 +176,9 @@ def _carry_out(workspace: Workspace, store: EventStore, journal: _Journal) -> Er
     for name in journal.begun_again:
         shutil.rmtree(root / name, ignore_errors=True)
     _write_report(workspace)
-    stored.compact(store)
-    # the plan's derived ids are as much theirs as those that the store knew
-    found = proof.prove(root, store, journal.ids, proof.needles(store, journal.ids, journal.texts))
+    sought = proof.needles(journal.ids, journal.texts, shared)  # the ids of derived rows too
+    stored.compact(store, lambda file: any(sought.scanner.in_file(file)))
+    found = proof.prove(root, store, journal.ids, sought)
     if found.left:
         places = "; ".join(f"{one.where}: {one.what}, {one.times} times" for one in found.left[:5])
         raise FlywheelError(

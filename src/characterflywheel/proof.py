@@ -6,7 +6,7 @@ as bytes of every file, the database's pages among them; so are the texts. Weigh
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,21 +84,22 @@ def is_table(path: Path, root: Path) -> bool:
     return path.suffix in TABLES and path.parent != root
 
 
-def needles(store: EventStore, ids: Ids, texts: Iterable[str]) -> Needles:
-    """What to search for, less what the store's other people say too, or have as part of their own ids."""
-    named = {one for kind in ids for one in kind if _is_no_word(one)}
-    said = {text for text in texts if len(text) >= DISTINCTIVE}
-    ours = sorted(named | said)
-    forms = [(form, number) for number, one in enumerate(ours) for form in spellings(one)]
-    every = Scanner(form for form, _ in forms)
+def common(store: EventStore, ids: Ids, texts: Iterable[str]) -> set[str]:
+    """Those of these ids and texts that the store's other people say too, or have within ids of their own."""
+    ours = sorted({*filter(_is_no_word, ids.user | ids.conversation), *filter(_is_distinctive, texts)})
+    forms = [(form, one) for one in ours for form in spellings(one)]
+    scanner = Scanner(form for form, _ in forms)
     columns = (users.c.id, conversations.c.id, messages.c.content, characters.c.record)
-    common: set[int] = set()
-    for batch in _batched(text for _, text in stored.texts(store, columns)):
-        common.update(forms[hit.needle][1] for hit in every.hits(batch))
-    kept = [one for number, one in enumerate(ours) if number not in common]
-    spelt = [(spelling, one in said) for one in kept for spelling in spellings(one)]
-    scanner = Scanner(spelling for spelling, _ in spelt)
-    return Needles(scanner, sum(one in said for one in kept), len(common), tuple(is_text for _, is_text in spelt))
+    return {forms[hit.needle][1] for _, some in stored.texts(store, columns) for hit in scanner.hits(some)}
+
+
+def needles(ids: Ids, texts: Iterable[str], shared: set[str]) -> Needles:
+    """What to search bytes for: ids that are no words, and texts that say who wrote them, less what is `shared`."""
+    said = set(filter(_is_distinctive, texts)) - shared
+    named = {one for kind in ids for one in kind if _is_no_word(one)} - shared - said
+    spelt = [(form, one in said) for one in sorted(named | said) for form in spellings(one)]
+    scanner = Scanner(form for form, _ in spelt)
+    return Needles(scanner, len(said), len(shared), tuple(is_text for _, is_text in spelt))
 
 
 def prove(root: Path, store: EventStore, ids: Ids, sought: Needles) -> Proof:
@@ -122,8 +123,8 @@ def prove(root: Path, store: EventStore, ids: Ids, sought: Needles) -> Proof:
         left.update((name, sought.what(hit.needle)) for hit in sought.scanner.in_file(path))
     left.update({(f"table {name}", "an id"): count for name, count in stored.remaining(store, ids).items()})
     if store.dialect == "postgresql" or any(where.startswith("flywheel.db") for where, _ in left):
-        for column, text in stored.texts(store, stored.text_columns()):
-            left.update((f"table {column}", sought.what(hit.needle)) for hit in sought.scanner.hits(text.encode()))
+        for column, some in stored.texts(store, stored.text_columns()):
+            left.update((f"table {column}", sought.what(hit.needle)) for hit in sought.scanner.hits(some))
     found = tuple(Left(where=where, what=what, times=n) for (where, what), n in sorted(left.items()) if n)
     return Proof(
         ids=sum(map(len, ids)), texts=sought.texts, common=sought.common, files=searched, bytes=size,
@@ -131,19 +132,10 @@ def prove(root: Path, store: EventStore, ids: Ids, sought: Needles) -> Proof:
     )  # fmt: skip
 
 
+def _is_distinctive(text: str) -> bool:
+    return len(text) >= DISTINCTIVE
+
+
 def _is_no_word(id: str) -> bool:
     """Whether an id would not stand in some text by chance."""
     return len(id.encode("utf-8", "surrogatepass")) >= SHORTEST and any(letter in "@0123456789" for letter in id)
-
-
-def _batched(texts: Iterable[str], size: int = 1 << 20) -> Iterator[bytes]:
-    """Texts joined by line ends into pieces of about `size` bytes."""
-    piece: list[bytes] = []
-    length = 0
-    for text in texts:
-        piece.append(text.encode("utf-8", "surrogatepass"))
-        length += len(piece[-1])
-        if length > size:
-            yield b"\n".join(piece)
-            piece, length = [], 0
-    yield b"\n".join(piece)

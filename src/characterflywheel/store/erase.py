@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Connection, MetaData, Select, Table, exists, false, func, or_, select
@@ -19,10 +20,11 @@ from ..errors import FlywheelError
 from ..ids import prompt_id
 from ..lineage import Ids, Kind, kind_of
 from ..records import Character
+from ..scan import SHORTEST
 from . import schema
 from .events import EventStore
 from .rows import microseconds
-from .schema import characters, conversations, messages, publications, remembered, signals
+from .schema import characters, conversations, imports, messages, publications, remembered, signals
 
 _AT_ONCE = 10_000
 _TEXTS = (schema.signals.c.text, schema.moderations.c.withheld)
@@ -59,6 +61,8 @@ def erase(
         brought = _brought_along(connection)
         note(Found(_ids(connection), _texts(connection) | _told(connection, brought), rows))
         _delete(connection, rows)
+        for one in ids.user:
+            _unname_files(connection, one)
         for one in brought:
             rows["characters"] += connection.execute(characters.delete().where(characters.c.id == one)).rowcount
         if before is not None:
@@ -98,13 +102,13 @@ def remaining(store: EventStore, ids: Ids) -> dict[str, int]:
         return {name: count for name, count in _gather(connection, ids).items() if count}
 
 
-def texts(store: EventStore, columns: Iterable[Column[str]]) -> Iterator[tuple[str, str]]:
-    """Every text in these columns of the store, each with `table.column`."""
+def texts(store: EventStore, columns: Iterable[Column[str]]) -> Iterator[tuple[str, bytes]]:
+    """Every text in these columns of the store, many joined by line ends, each time with `table.column`."""
     with store.read() as connection:
         for column in columns:
-            rows = connection.execution_options(yield_per=_AT_ONCE).execute(select(column).where(column.is_not(None)))
-            for (value,) in rows:
-                yield f"{column.table.name}.{column.name}", value
+            rows = connection.execution_options(yield_per=_AT_ONCE).scalars(select(column).where(column.is_not(None)))
+            for some in rows.partitions():
+                yield f"{column.table.name}.{column.name}", "\n".join(some).encode("utf-8", "surrogatepass")
 
 
 def text_columns() -> list[Column[str]]:
@@ -113,11 +117,12 @@ def text_columns() -> list[Column[str]]:
     return [column for table in tables for column in table.columns if isinstance(column.type, SqlText)]
 
 
-def compact(store: EventStore, patience_s: float = 60) -> None:
+def compact(store: EventStore, needed: Callable[[Path], bool], patience_s: float = 60) -> None:
     """Take deleted bytes out of the database's files, beside a service that goes on reading and writing.
 
-    SQLite rewrites the file without free pages, then empties its log. PostgreSQL marks the space as free to use again;
-    its own log and its backups are its keeper's.
+    SQLite overwrites what is deleted and empties its log here; only where `needed` still finds something in the file,
+    which pages keep when rows move between them, the file is written anew, and writers wait meanwhile. PostgreSQL
+    marks the space as free to be used again; its own log and its backups are its keeper's.
 
     Raises FlywheelError where a reader keeps SQLite's log open for longer than `patience_s`.
     """
@@ -130,16 +135,22 @@ def compact(store: EventStore, patience_s: float = 60) -> None:
             vacuum.autocommit = False
         return
     with closing(sqlite3.connect(store.path, isolation_level=None, timeout=patience_s)) as connection:
-        deadline = time.monotonic() + patience_s
-        connection.execute("PRAGMA secure_delete=ON")
-        connection.execute("VACUUM")
-        while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # a reader is in the log
-            if time.monotonic() > deadline:
-                raise FlywheelError(
-                    f"{store.path}-wal could not be emptied for {patience_s:g} s, because a process keeps reading the "
-                    "store: end it, and give the command again."
-                )
-            time.sleep(0.05)
+        _empty_log(connection, store.path, patience_s)
+        if needed(store.path):
+            connection.execute("PRAGMA secure_delete=ON")
+            connection.execute("VACUUM")
+            _empty_log(connection, store.path, patience_s)
+
+
+def _empty_log(connection: sqlite3.Connection, path: Path, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:  # a reader or a writer is in the log
+        if time.monotonic() > deadline:
+            raise FlywheelError(
+                f"{path}-wal could not be emptied for {patience_s:g} s, because a process keeps reading the store: "
+                "end it, and give the command again."
+            )
+        time.sleep(0.05)
 
 
 def _gather(connection: Connection, ids: Ids) -> dict[str, int]:
@@ -162,6 +173,13 @@ def _gather(connection: Connection, ids: Ids) -> dict[str, int]:
 
 def _forget_answers(connection: Connection, before: datetime) -> int:
     return connection.execute(remembered.delete().where(remembered.c.created_at < microseconds(before))).rowcount
+
+
+def _unname_files(connection: Connection, user_id: str) -> None:
+    """Imported files are remembered by their name, which may be a person's."""
+    if len(user_id) >= SHORTEST:
+        named = imports.c.file.contains(user_id, autoescape=True)
+        connection.execute(imports.update().where(named).values(file="(erased)"))
 
 
 def _brought_along(connection: Connection) -> list[str]:
