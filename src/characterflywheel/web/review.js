@@ -20,18 +20,18 @@ function shown(value) {
   return el("p", { class: "value", text: String(value) });
 }
 
-/** Every field of an object; those without content are named in one line at the end. */
-function fields(object) {
+/** Every field of an object that has content; with `all`, the others are named in one line at the end. */
+function fields(object, all = false) {
   const rows = Object.entries(object);
   const full = rows.filter(([, value]) => !isEmpty(value));
-  const bare = rows.filter(([, value]) => isEmpty(value)).map(([name]) => wordsOf(name));
+  const bare = all ? rows.filter(([, value]) => isEmpty(value)).map(([name]) => wordsOf(name)) : [];
   return el("dl", {}, ...full.map(([name, value]) => el("div", {}, el("dt", { text: wordsOf(name) }), el("dd", {}, shown(value)))),
     bare.length ? el("div", { class: "bare" }, el("dt", { text: "Empty" }), el("dd", {}, el("p", { text: bare.join(", ") }))) : null);
 }
 
 /** One character of the queue, with its decision. */
 function dossier({ character, reason, in_service: serving }, api) {
-  const { id, version, name, card, ...rest } = character;
+  const { id, version, name, card, safety, ...rest } = character; // `safety` is not known before the decision
   const title = el("h2", { text: name, tabindex: "-1" });
   const field = el("textarea", { id: `reason-${id}`, rows: 2, required: true, maxlength: 2000 });
   const failed = el("p", { class: "trouble", role: "alert", hidden: true });
@@ -44,7 +44,7 @@ function dossier({ character, reason, in_service: serving }, api) {
   const node = el("article", { class: "dossier hued" },
     el("header", {}, portrait(character), el("div", {}, title, el("p", { text: `${id}, version ${version}. ${more}` }))),
     el("div", { class: "found" }, el("h3", { text: "What safety found" }), el("p", { class: "value", text: reason })),
-    fields(rest), card ? el("section", {}, el("h3", { text: "The card it came from" }), fields(card)) : null, form);
+    fields(rest, true), card ? el("section", {}, el("h3", { text: "The card it came from" }), fields(card, true)) : null, form);
   node.style.setProperty("--hue", hueOf(id));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -10,13 +10,21 @@ export const newTurn = (said, replies = []) => ({
   said, replies, chosen: replies.length - 1, viewed: replies.length - 1, trouble: null,
 });
 
+/** What was given to a reply; of two thumbs the later one. */
+function signalsOf(kinds) {
+  const given = new Set(kinds);
+  const thumbs = kinds.filter((kind) => kind.startsWith("thumb_"));
+  for (const kind of thumbs.slice(0, -1)) if (kind !== thumbs.at(-1)) given.delete(kind);
+  return given;
+}
+
 /** A reply, from the service's message or while it is being written (`id` null until the service names it). */
 export const newReply = (message = {}) => ({
   id: message.id ?? null,
   text: message.content ?? "",
   fallback: message.fallback ?? false,
   finish: message.finish ?? null,
-  signals: new Set(message.signals ?? []),
+  signals: signalsOf(message.signals ?? []),
   writing: false,
 });
 
