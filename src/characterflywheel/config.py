@@ -91,7 +91,7 @@ class SafetyConfig(Section):
     hold: Literal["sentence", "reply"] = Field(
         "sentence", description="how much of a streamed reply waits for its check before it is shown"
     )
-    model_threshold: float = Field(0.9, gt=0, lt=1, description="the small model refuses from this probability")
+    model_threshold: float = Field(0.81, gt=0, lt=1, description="the small model refuses from this probability")
 
 
 class StoreConfig(Section):
@@ -99,6 +99,12 @@ class StoreConfig(Section):
 
     url: str | None = Field(None, description="postgresql://...; the workspace's SQLite file if absent")
     commit_ms: float = Field(0, ge=0, description="how long a commit may wait for company")
+
+
+class TrafficConfig(Section):
+    """What is read off real conversations besides what their users said of them (PAPER section 3)."""
+
+    continue_hours: float = Field(24, gt=0, description="who writes again within so many hours of a reply has gone on")
 
 
 class CurateConfig(Section):
@@ -257,6 +263,7 @@ class FlywheelConfig(Section):
     server: ServerConfig = ServerConfig()
     safety: SafetyConfig = SafetyConfig()
     store: StoreConfig = StoreConfig()
+    traffic: TrafficConfig = TrafficConfig()
     curate: CurateConfig = CurateConfig()
     annotate: AnnotateConfig = AnnotateConfig()
     reward: RewardConfig = RewardConfig()

@@ -60,7 +60,8 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
 
     # Data consolidation: people talk, traffic is curated into prompts, annotators compare replies.
     window = stage("window", config.world or nothing, WindowSummary, shop.open_window, {}, opening)
-    traffic = stage("traffic", nothing, TrafficSummary, shop.export_traffic, {"window": window})
+    reading = nothing if config.world else config.traffic  # the crowd says of each reply whether it goes on
+    traffic = stage("traffic", reading, TrafficSummary, shop.export_traffic, {"window": window})
     curate = stage("curate", config.curate, CurateSummary, shop.curate, {"traffic": traffic})
     annotate = stage("annotate", config.annotate, AnnotateSummary, shop.annotate, {"prompts": curate})
 

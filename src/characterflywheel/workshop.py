@@ -34,6 +34,7 @@ from .reward.stage import RewardSummary, train_rewards
 from .safety import SafetyPolicy
 from .serving.chat import ChatService
 from .store import EventStore, Position
+from .store.continued import continued
 from .store.export import conversations_from_export
 from .style.stage import StyleSummary, watch_style
 from .training.dpo import DPOSummary, train_dpo
@@ -233,8 +234,13 @@ class Workshop:
     def export_traffic(self, work: Work) -> TrafficSummary:
         window: WindowSummary = work.inputs["window"].summary
         self.store.export(work.folder, window.after, window.until)
-        signals = sorted(s.kind for s in tables.read(work.folder / "signals.parquet", Signal))
+        told = tables.read(work.folder / "signals.parquet", Signal)
         conversations = conversations_from_export(work.folder)
+        if self.config.world is None:
+            within = timedelta(hours=self.config.traffic.continue_hours)
+            told += continued(conversations, told, window.starts, within)
+            tables.write(work.folder / "signals.parquet", Signal, told)
+        signals = sorted(signal.kind for signal in told)
         if not conversations:
             raise FlywheelError(
                 f"the window holds no traffic of consenting users: serve or import some into {self.workspace.root}."
