@@ -194,7 +194,8 @@ def normalise(text: str) -> str:
     """Lower case, compatibility characters and curly quotes made plain, invisible characters and extra space gone."""
     if not text.isascii():  # plain ASCII has nothing to be made plain
         text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
-        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+        if not text.isprintable():
+            text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     return " ".join(text.casefold().split())
 
 

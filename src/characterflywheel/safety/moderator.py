@@ -112,9 +112,7 @@ class Moderator:
 def make_moderator(config: SafetyConfig) -> Moderator:
     """The classifiers that the configuration names. Raises `FlywheelError` for one that cannot be made."""
     caught = Caught()
-    makers = {"rules": _rules, "endpoint": _endpoint}
-    if unknown := [name for name in config.classifiers if name not in makers]:
-        raise FlywheelError(f"safety.classifiers = {unknown}: not available; there are {', '.join(makers)}.")
+    makers = {"rules": _rules, "model": _model, "endpoint": _endpoint}  # the cheapest first
     judges = [make(config, caught) for name, make in makers.items() if name in config.classifiers]
     return Moderator(judges, config.timeout_s, caught)
 
@@ -122,6 +120,12 @@ def make_moderator(config: SafetyConfig) -> Moderator:
 def _rules(config: SafetyConfig, caught: Caught) -> Judge:
     policy = SafetyPolicy(caught=caught)
     return Inline("rules", lambda text, context: policy.check(text, context=context).categories)
+
+
+def _model(config: SafetyConfig, caught: Caught) -> Judge:
+    from .small_model import SmallModel  # noqa: PLC0415
+
+    return Inline("model", SmallModel(config.model_threshold))
 
 
 def _endpoint(config: SafetyConfig, caught: Caught) -> Judge:
