@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import ledger
 from ..config import FlywheelConfig
 from ..errors import FlywheelError
 from ..llm.base import ChatModel
@@ -70,9 +71,9 @@ class Backends:
         Raises:
             BackendError: 503, neither registry nor ledger know it.
         """
-        if (known := self._open.get(name)) is None:
-            known = self._open[name] = Guarded(self._make(name), self._config.server, on_served=self._on_served)
-        return known
+        if (found := self._open.get(name)) is None:
+            found = self._open[name] = self._make(name)
+        return found
 
     async def refresh(self, in_use: Collection[str] | None = None) -> None:
         """Look whether another model was put in service; it is ready before it takes over.
@@ -81,18 +82,28 @@ class Backends:
         are neither those nor in service are let go once they have answered.
 
         Raises:
-            BackendError: the new model cannot answer; the one before goes on serving, and the next call tries again.
+            BackendError: the new model cannot answer, or the registry cannot be read; the one before goes on serving,
+                and the next call tries again.
         """
         stamp = _stamp(self._workspace)
         if stamp != self._stamp:
-            before, after = self._known, await asyncio.to_thread(_known, self._workspace, self._config)
+            before = self._known
+            try:
+                after = await asyncio.to_thread(_known, self._workspace, self._config)
+            except FlywheelError as error:
+                raise BackendError(str(error), status=503, code="registry", blames_backend=False) from error
+            moved = {name for name in self._open if after.folders.get(name) != before.folders.get(name)}
             self._known = after._replace(default=before.default)
-            if after.default != before.default:
-                await self.get(after.default).ready()
+            new, present = after.default, self._open.get(after.default)
+            coming = self._make(new) if present is None or new in moved else present
+            await coming.ready()
+            self._open[new] = coming
+            if present is not None and present is not coming:
+                await present.close()
             self._known, self._stamp = after, stamp
+            await self._let_go(moved - {new})
         if in_use is not None:
-            for name in set(self._open) - {self.default, *in_use}:
-                await self._open.pop(name).close()
+            await self._let_go(set(self._open) - {self.default, *in_use})
 
     async def close(self) -> None:
         """Let go of every model and connection."""
@@ -103,7 +114,14 @@ class Backends:
         if self._worker:
             await asyncio.to_thread(self._worker.stop)
 
-    def _make(self, name: str) -> Backend:
+    async def _let_go(self, names: Collection[str]) -> None:
+        for name in names:
+            await self._open.pop(name).close()
+
+    def _make(self, name: str) -> Guarded:
+        return Guarded(self._backend(name), self._config.server, on_served=self._on_served)
+
+    def _backend(self, name: str) -> Backend:
         server = self._config.server
         if server.backend == "echo":
             from .echo import Echo  # noqa: PLC0415
@@ -150,8 +168,6 @@ def _known(workspace: Workspace, config: FlywheelConfig) -> _Known:
         return _Known("echo", {"echo": None})
     if server.backend == "endpoint" and server.endpoint_model:
         return _Known(server.endpoint_model, {server.endpoint_model: None})
-    from .. import ledger  # noqa: PLC0415
-
     history = registry.read(workspace.registry)
     folders: dict[str, Path | None] = {BASE: None}
     for row in ledger.read(workspace.ledger):
