@@ -5,17 +5,23 @@ seeded generator; without them they come from the wall clock and the operating s
 """
 
 import hashlib
+import os
 import random
 import secrets
 import time
 import uuid
 from datetime import UTC, datetime
 
+# Ids must not collide and need not be secret, so the system is asked for randomness once a process, not once an id
+# (where system calls are dear, that is most of a request's time).
+_FRESH = random.Random(secrets.randbits(256))
+os.register_at_fork(after_in_child=lambda: _FRESH.seed(secrets.randbits(256)))
+
 
 def uuid7(at: datetime | None = None, rng: random.Random | None = None) -> str:
     """A version-7 UUID whose first 48 bits are milliseconds since 1970 at `at` (now if None)."""
     milliseconds = int(at.timestamp() * 1000) if at else time.time_ns() // 1_000_000
-    bits = rng.getrandbits(74) if rng else secrets.randbits(74)
+    bits = (rng or _FRESH).getrandbits(74)
     value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | (bits >> 62) << 64 | 0b10 << 62 | bits & (1 << 62) - 1
     return str(uuid.UUID(int=value))
 

@@ -2,10 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
 
 from ..records import Character, User
 from ..service_records import Remembered
@@ -28,13 +32,28 @@ from .schemas import (
     Usage,
 )  # fmt: skip
 from .turn import Said, Turn, begin, being_written, commit, pieces, replies, unanswered
-from .who import Chatting, Shared, key_of, user_of
+from .who import Chatting, Shared, hub_of, key_of, may, user_of
 
 router = APIRouter(tags=["chat"])
+_chatting = may("chat")
 _JSON = "application/json"
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+class _Straight(APIRoute):
+    """Documented by FastAPI, answered without its dependencies and copies: this is the route that bears the load."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def answer(request: Request) -> Response:
+            principal = await _chatting(request)
+            try:
+                body = ChatRequest.model_validate_json(await request.body())
+            except ValidationError as error:
+                raise RequestValidationError(error.errors(include_url=False, include_context=False)) from error
+            return await chat(request, body, await hub_of(request), principal)
+
+        return answer
+
+
 async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chatting) -> Response:
     """Talk to a character. With `stream`, server-sent events as OpenAI sends them; the last one means stored."""
     user = await user_of(hub, request, principal, body.user)
@@ -45,6 +64,11 @@ async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chat
             raise ApiError(400, "invalid_request", "A stream has one reply: ask for n = 1.", "n")
         return EventStream(_stream_once(hub, body, user, key, await request.body()))
     return Response(*await _whole_once(hub, body, user, key, await request.body()), media_type=_JSON)
+
+
+router.add_api_route(
+    "/v1/chat/completions", chat, methods=["POST"], response_model=ChatCompletion, route_class_override=_Straight
+)
 
 
 @router.get("/v1/models")

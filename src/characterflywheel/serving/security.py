@@ -6,7 +6,6 @@ Pure ASGI middlewares, each of a few microseconds (DESIGN section 10, HTTP; PAPE
 import json
 import logging
 import re
-import secrets
 import traceback
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from ..errors import FlywheelError
+from ..ids import uuid7
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being answered; it is also in `request.state.request_id` and in the answer."""
@@ -133,7 +133,7 @@ class RequestIds:
             await self.app(scope, receive, send)
             return
         said = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-        id = said if _WELL_FORMED_ID.fullmatch(said) else secrets.token_hex(16)
+        id = said if _WELL_FORMED_ID.fullmatch(said) else uuid7()
         scope.setdefault("state", {})["request_id"] = id
         token = REQUEST_ID.set(id)
 
