@@ -13,6 +13,7 @@ from characterflywheel.config import SafetyConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import Finish
 from characterflywheel.safety.moderator import Inline, Moderator, Piece, make_moderator, screened
+from characterflywheel.safety.policy import Classifier, Subject
 
 
 class Chunk(NamedTuple):
@@ -40,6 +41,17 @@ class Hangs:
 
     async def close(self) -> None:
         self.closed = True
+
+
+class Waits(Inline):
+    """A classifier that computes elsewhere."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__("waits", classifier)
+
+    async def judge(self, text: str, context: str, subject: Subject) -> tuple[str, ...]:
+        await asyncio.sleep(0)
+        return await super().judge(text, context, subject)
 
 
 class Source:
@@ -96,6 +108,12 @@ def test_a_failure_refuses_and_is_counted_and_logged_without_the_text(caplog: py
         asyncio.run(moderator.ready())
 
 
+def test_an_answer_that_is_none_is_a_failure() -> None:
+    moderator = Moderator([Inline("vague", lambda text, context: None)], 1)  # type: ignore[arg-type, return-value]
+    assert asyncio.run(moderator.check("hello")) == (False, ("unchecked",))
+    assert moderator.caught.counts == {("vague", "TypeError"): 1}
+
+
 def test_a_classifier_that_hangs_is_a_failure() -> None:
     moderator = Moderator([Hangs("a"), Inline("poison", poison)], 0.02)
     assert asyncio.run(moderator.check("a poison")) == (False, ("harm", "unchecked"))
@@ -123,8 +141,10 @@ TEXT = st.lists(
 ).map("".join)
 
 
-@given(st.data(), TEXT, st.sampled_from(["sentence", "reply"]))
-def test_what_is_released_has_passed(data: st.DataObject, text: str, hold: Literal["sentence", "reply"]) -> None:
+@given(st.data(), TEXT, st.sampled_from(["sentence", "reply"]), st.booleans())
+def test_what_is_released_has_passed(
+    data: st.DataObject, text: str, hold: Literal["sentence", "reply"], waits: bool
+) -> None:
     """For any chunking: what is shown is a prefix, each release ends a text that passed, and nothing is lost."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -137,8 +157,8 @@ def test_what_is_released_has_passed(data: st.DataObject, text: str, hold: Liter
             passed.add(text)
         return found
 
-    source = Source(parts)
-    pieces = asyncio.run(read(source(), Moderator([Inline("r", remembers)], 1), context="asked", hold=hold))
+    source, judge = Source(parts), Waits(remembers) if waits else Inline("remembers", remembers)
+    pieces = asyncio.run(read(source(), Moderator([judge], 1), context="asked", hold=hold))
     shown = ""
     for piece in pieces:
         shown += piece.text
@@ -187,6 +207,26 @@ def test_a_classifier_that_hangs_midway_stops_the_stream() -> None:
     assert [piece.text for piece in pieces] == ["Fine.", ""]
     assert pieces[-1].verdict == (False, ("unchecked",))
     assert source.closed
+
+
+def test_slow_checks_take_several_sentences_of_a_fast_model_together() -> None:
+    class Slow(Hangs):
+        async def judge(self, text: str, context: str, subject: str) -> tuple[str, ...]:
+            asked.append(text)
+            await asyncio.sleep(0.05)
+            return poison(text, context)
+
+    asked: list[str] = []
+    sentences = [f"This is number {n}. " for n in range(30)]
+    pieces = asyncio.run(read(Source(sentences)(), Moderator([Slow("")], 1)))
+    assert "".join(piece.text for piece in pieces) == "".join(sentences)
+    assert asked[0] == sentences[0][:-1]
+    assert asked[-1] == "".join(sentences)
+    assert len(asked) <= 4
+
+    stopped = asyncio.run(read(Source([*sentences, "poison"])(), Moderator([Slow("")], 1)))[-1]
+    assert stopped.verdict == (False, ("harm",))
+    assert stopped.withheld.endswith("poison")
 
 
 def test_an_error_of_the_model_passes_through_and_drops_what_was_not_released() -> None:

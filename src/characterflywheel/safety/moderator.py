@@ -57,13 +57,14 @@ class Moderator:
     """Asks every classifier, cheapest first; any one may refuse, and one that fails or takes too long refuses.
 
     For metrics: `caught.counts[classifier, reason]` are failures, `refused[classifier, category]` refusals, `checks`
-    the number of texts judged.
+    the number of texts judged. `waits` says whether any of them does more than compute.
     """
 
     def __init__(self, judges: Sequence[Judge], timeout_s: float, caught: Caught | None = None) -> None:
         if not judges:
             raise FlywheelError("safety.classifiers is empty; name at least one, e.g. rules.")
         self.judges = tuple(judges)
+        self.waits = any(type(judge) is not Inline for judge in judges)
         self.timeout_s = timeout_s
         self.caught = caught or Caught()
         self.refused: Counter[tuple[str, str]] = Counter()
@@ -103,7 +104,7 @@ class Moderator:
     async def _ask(self, judge: Judge, text: str, context: str, subject: Subject) -> tuple[str, ...]:
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await judge.judge(text, context, subject)
+                return tuple(await judge.judge(text, context, subject))
         except Exception as error:  # the boundary of fail-closed: whatever went wrong, the text was not checked
             self.caught.note(judge.name, error)
             return (UNCHECKED,)
@@ -174,9 +175,10 @@ async def screened(
 
     A sentence that does not end is cut at a word after 400 characters. A part that does not pass ends the stream, and
     the model's: what came before it has been shown, the rest is `withheld`. Errors of the model's stream pass through,
-    and text not yet released is dropped. Closing this closes the model's stream.
+    and text not yet released is dropped. Closing this closes the model's stream. Where a classifier has to be waited
+    for, a check is followed by at least as long without one, so that a fast model's sentences are checked together.
     """
-    text, shown = "", 0
+    text, shown, next_check = "", 0, 0.0
     last = Piece("")
     async with AsyncExitStack() as stack:
         if aclose := getattr(chunks, "aclose", None):
@@ -188,19 +190,21 @@ async def screened(
                 _known(chunk.completion_tokens, last.completion_tokens),
             )  # fmt: skip
             end = _releasable(text, shown) if hold == "sentence" and chunk.text else shown
-            if end > shown:
-                verdict = await moderator.check(text[:end], context=context)
-                if not verdict.allowed:
-                    yield Piece("", verdict=verdict, withheld=text[shown:])
-                    return
-                yield Piece(text[shown:end])
-                shown = end
-    if shown < len(text):
-        verdict = await moderator.check(text, context=context)
-        if not verdict.allowed:
-            yield Piece("", verdict=verdict, withheld=text[shown:])
-            return
-    yield last._replace(text=text[shown:])
+            if end == shown or (moderator.waits and time.monotonic() < next_check):
+                continue
+            asked = time.monotonic()
+            verdict = await moderator.check(text[:end], context=context)
+            next_check = 2 * time.monotonic() - asked
+            if not verdict.allowed:
+                break
+            yield Piece(text[shown:end])
+            shown = end
+        else:
+            verdict = await moderator.check(text, context=context) if shown < len(text) else SafetyVerdict(True, ())
+    if verdict.allowed:
+        yield last._replace(text=text[shown:])
+    else:
+        yield Piece("", verdict=verdict, withheld=text[shown:])
 
 
 def _releasable(text: str, shown: int) -> int:
