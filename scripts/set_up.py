@@ -57,6 +57,7 @@ def set_up(dev: bool) -> None:
     convert_base_model()
     if dev:
         find_browser()
+        find_database()
 
 
 def check_python() -> None:
@@ -161,6 +162,17 @@ def find_browser() -> None:
     if not apt_install("chromium") or not shutil.which("chromium"):
         say("no chromium here: the browser tests will skip (apt-get install chromium, then remove .venv/stamps)")
         (STAMPS / "no browser").touch()
+
+
+def find_database() -> None:
+    """Tests of the event store on PostgreSQL start a server of their own; without its programs they skip."""
+    known = shutil.which("initdb") or any(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if known or (STAMPS / "no database").exists():
+        return
+    say("postgresql, for the tests of the event store")
+    if not apt_install("postgresql"):
+        say("no postgresql here: its tests will skip (apt-get install postgresql, then remove .venv/stamps)")
+        (STAMPS / "no database").touch()
 
 
 def apt_install(package: str) -> bool:
