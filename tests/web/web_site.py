@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,16 @@ class Site(NamedTuple):
         )
         found = re.search(r"fw_\S+", made.stdout)
         assert found, made.stdout
+        eventually(lambda: self._knows(found.group()))  # keys are read again every two seconds
         return found.group()
+
+    def _knows(self, key: str) -> bool:
+        request = urllib.request.Request(f"{self.url}/v1/me", headers={"Authorization": f"Bearer {key}"})
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except urllib.error.HTTPError as error:
+            return error.code == 403
+        return True
 
 
 @contextmanager
