@@ -103,7 +103,12 @@ def workspace(folder: Path, settings: str = "") -> str:
     """Make a workspace whose `flywheel.toml` ends with `settings` (TOML); returns an API key for chatting."""
     _flywheel("init", str(folder), "--preset", "tiny")
     (folder / "flywheel.toml").write_text(f'preset = "tiny"\n{settings}', encoding="utf-8")
-    return _flywheel("keys", "create", str(folder), "--scope", "chat").split()[-1]
+    return key(folder, "chat")
+
+
+def key(folder: Path, *scopes: str) -> str:
+    """A new API key of a workspace, for an application."""
+    return _flywheel("keys", "create", str(folder), *(x for scope in scopes for x in ("--scope", scope))).split()[0]
 
 
 def flywheel(folder: Path, *options: str, port: int | None = None, prefix: Sequence[str] = ()) -> Server:
