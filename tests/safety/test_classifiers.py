@@ -13,7 +13,7 @@ CASES = [(category, rule) for category, rules in classifiers._RULES.items() for 
 
 
 @pytest.mark.parametrize(("category", "rule"), CASES, ids=[f"{category}-{n}" for n, (category, _) in enumerate(CASES)])
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_match_has_a_needed_word(category: str, rule: str, data: st.DataObject) -> None:
     """Texts drawn from each rule itself; the rules never read across the words' case or spaces."""

@@ -21,7 +21,7 @@ from .policy import UNCHECKED, Classifier, SafetyPolicy, SafetyVerdict, Subject
 
 READY_SECONDS = 10.0
 HELD_CHARS = 400
-_SENTENCE = re.compile(r"[.!?…]+[\"'”’»)\]*_~]*(?=\s)|[。！？]|\n")
+_SENTENCE = re.compile(r"[.!?…。！？\n]+[\"'”’»)\]*_~]*(?:(?=\s)|(?<=[。！？\n]))")
 _WORD = re.compile(r"\S(?=\s)")
 
 
@@ -185,10 +185,11 @@ async def screened(
             stack.push_async_callback(aclose)
         async for chunk in chunks:
             text += chunk.text
-            last = Piece(
-                "", chunk.finish or last.finish, _known(chunk.prompt_tokens, last.prompt_tokens),
-                _known(chunk.completion_tokens, last.completion_tokens),
-            )  # fmt: skip
+            if chunk.finish or chunk.prompt_tokens is not None or chunk.completion_tokens is not None:
+                last = Piece(
+                    "", chunk.finish or last.finish, _known(chunk.prompt_tokens, last.prompt_tokens),
+                    _known(chunk.completion_tokens, last.completion_tokens),
+                )  # fmt: skip
             end = _releasable(text, shown) if hold == "sentence" and chunk.text else shown
             if end == shown or (moderator.waits and time.monotonic() < next_check):
                 continue
@@ -209,9 +210,11 @@ async def screened(
 
 def _releasable(text: str, shown: int) -> int:
     """The end of the last whole sentence after `shown`, or of the last word where a sentence is too long to hold."""
-    end = max((found.end() for found in _SENTENCE.finditer(text, shown)), default=shown)
+    end = shown
+    for sentence in _SENTENCE.finditer(text, shown):
+        end = sentence.end()
     if len(text) - end > HELD_CHARS:
-        end = max((found.end() for found in _WORD.finditer(text, end)), default=end)
+        end = max((word.end() for word in _WORD.finditer(text, end)), default=end)
     return end
 
 
