@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import FlywheelError
 
 MAX_JSON_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_ENTRIES = 2000
+MAX_KEYS = 10_000
 SPECS = {"chara_card_v2": "2.0", "chara_card_v3": "3.0"}
 _UNKEEPABLE = re.compile("[\0\ud800-\udfff]")
 _V1_FIELDS = ("name", "description", "personality", "scenario", "first_mes", "mes_example")
@@ -58,6 +59,13 @@ class CharacterBook(_View):
     token_budget: int | None = Field(None, ge=0)
     recursive_scanning: bool = False
     entries: tuple[BookEntry, ...] = Field((), max_length=MAX_ENTRIES)
+
+    @field_validator("entries")
+    @classmethod
+    def _keys_can_be_looked_for(cls, entries: tuple[BookEntry, ...]) -> tuple[BookEntry, ...]:
+        if (keys := sum(len(one.keys) + len(one.secondary_keys) for one in entries)) > MAX_KEYS:
+            raise ValueError(f"{keys} keys, at most {MAX_KEYS} are looked for at every turn")
+        return entries
 
 
 class CardData(_View):

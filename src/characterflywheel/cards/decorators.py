@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..records import Role
 
 _LINE = re.compile(r"(@{2,3})([A-Za-z_]+)(?:[ \t]+(.*?))?[ \t]*")
+MAX_WORDS = 200
 POSITIONS = ("before_char", "after_char", "before_desc", "after_desc", "personality", "scenario")
 
 
@@ -109,7 +110,7 @@ def _position(value: str) -> str | None:
 
 
 def _words(value: str) -> tuple[str, ...] | None:
-    return tuple(word.strip() for word in value.split(",") if word.strip()) or None
+    return tuple(word.strip() for word in value.split(",")[:MAX_WORDS] if word.strip()) or None
 
 
 _READERS: dict[str, Callable[[str], object]] = {

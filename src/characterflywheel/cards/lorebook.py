@@ -5,9 +5,9 @@ An entry counts when one of its keys stands in the newest messages (`scan_depth`
 unless `case_sensitive`. With `recursive_scanning`, what an entry says can call for others. Where the budget is short,
 the entries of lowest priority (or lowest insertion order) go first.
 
-Patterns of `use_regex` come from strangers and run for every turn: a pattern is at most 300 characters long, its
-counted repeats multiply to at most 1,000, a search stops after 10 ms, and all searches of a turn after 50 ms. A pattern
-that is refused, invalid or too slow matches nothing.
+Books come from strangers and are read at every turn, so whatever is left after 100 ms is not called for. Patterns of
+`use_regex` are JavaScript's, at most 300 characters long, with counted repeats that multiply to little; a search stops
+after 10 ms. A pattern that is refused, invalid or too slow matches nothing.
 """
 
 import re
@@ -26,11 +26,16 @@ from .macros import Voice
 
 SCAN_DEPTH = 4
 PATTERN_CHARS = 300
-PATTERN_REPEATS = 1000
+PATTERN_WORK = 50_000
+"""Length times repeats: about the memory that compiling takes, in nodes."""
 SEARCH_SECONDS = 0.01
-TURN_SECONDS = 0.05
-_COUNTED = re.compile(r"\{(\d*),?(\d*)\}")
-_JS_PATTERN = re.compile(r"/(.+)/([a-z]*)", re.DOTALL)
+TURN_SECONDS = 0.1
+_COUNTED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+_LITERAL = re.compile(r"/(.+)/([a-z]*)", re.DOTALL)
+# what JavaScript reads as text and Python's `regex` as something else: braces that count nothing
+_BRACE = re.compile(r"\\[pP]\{\w+\}|\\.|\{(?!\d+(?:,\d*)?\})", re.DOTALL)
+# groups that JavaScript has; others (recursion, conditions) have costs without bound
+_KNOWN_GROUPS = re.compile(r"(?:\\.|[^\\(]|\((?!\?)|\(\?(?:[:=!]|<[=!A-Za-z_]|[ims]+[:)]))*", re.DOTALL)
 
 
 class Lore(NamedTuple):
@@ -109,26 +114,30 @@ def _lore(one: _Entry, voice: Voice, count: Callable[[str], int]) -> Lore:
 
 
 class _Scan:
-    """Matches entries against a scene. All searches of patterns together end at `deadline` (monotonic seconds)."""
+    """Matches entries against a scene; after `deadline` (monotonic seconds) nothing matches any more."""
 
     def __init__(self, scene: Scene, voice: Voice, depth: int, deadline: float) -> None:
         self.scene, self.voice, self.depth, self.deadline = scene, voice, depth, deadline
+        self.spoken = sum(message.role == "assistant" for message in scene.history)
+        self._texts: dict[tuple[int, bool], str] = {}
 
     def calls_for(self, one: _Entry, told: str | None = None) -> bool:
         """Whether the scene calls for an entry; `told` is what other entries say, in place of the newest messages."""
         said = one.said
         if said.activate or said.dont_activate:
             return said.activate
+        if time.monotonic() > self.deadline:
+            return False
         if (said.keep_activate_after_match or said.dont_activate_after_match) and self._called_before(one):
             return not said.dont_activate_after_match
-        spoken = sum(message.role == "assistant" for message in self.scene.history)
-        if said.activate_only_after is not None and spoken < said.activate_only_after:
+        return self._may_now(said) and self._mentioned(one, told)
+
+    def _may_now(self, said: Decorators) -> bool:
+        if said.activate_only_after is not None and self.spoken < said.activate_only_after:
             return False
-        if said.activate_only_every is not None and spoken % said.activate_only_every:
+        if said.activate_only_every is not None and self.spoken % said.activate_only_every:
             return False
-        if said.is_greeting is not None and self.scene.greeting not in (None, said.is_greeting):
-            return False
-        return self._mentioned(one, told)
+        return said.is_greeting is None or self.scene.greeting in (None, said.is_greeting)
 
     def _called_before(self, one: _Entry) -> bool:
         """Whether an earlier message of the user called for the entry."""
@@ -144,14 +153,15 @@ class _Scan:
 
     def _mentioned(self, one: _Entry, told: str | None) -> bool:
         entry, said = one.entry, one.said
+        folded = not (entry.case_sensitive or entry.use_regex)
         if told is None:
-            depth = self.depth if said.scan_depth is None else said.scan_depth
-            told = "\n".join(message.content for message in self.scene.history[-depth:]) if depth else ""
+            text = self._newest(self.depth if said.scan_depth is None else said.scan_depth, folded)
+        else:
+            text = told.casefold() if folded else told
         if entry.use_regex:
-            return self._matches(entry, entry.keys, told) and all(
-                self._matches(entry, keys, told) for keys in said.additional_keys
+            return self._matches(entry, entry.keys, text) and all(
+                self._matches(entry, keys, text) for keys in said.additional_keys
             )
-        text = told if entry.case_sensitive else told.casefold()
         if self._stands(entry, said.exclude_keys, text):
             return False
         if not all(self._stands(entry, keys, text) for keys in said.additional_keys):
@@ -161,31 +171,42 @@ class _Scan:
         second = entry.secondary_keys if entry.selective else ()
         return self._stands(entry, entry.keys, text) and (not any(second) or self._stands(entry, second, text))
 
+    def _newest(self, depth: int, folded: bool) -> str:
+        """The newest `depth` messages as one text."""
+        if (depth, folded) not in self._texts:
+            messages = self.scene.history[-depth:] if depth else ()
+            text = "\n".join(message.content for message in messages)
+            self._texts[depth, folded] = text.casefold() if folded else text
+        return self._texts[depth, folded]
+
     def _stands(self, entry: BookEntry, keys: Sequence[str], text: str) -> bool:
         """Whether one of the keys stands in a text, which is folded unless case counts."""
         plain = (self.voice.render(key).strip() for key in keys)
         return any((key if entry.case_sensitive else key.casefold()) in text for key in plain if key)
 
     def _matches(self, entry: BookEntry, keys: Sequence[str], text: str) -> bool:
-        return any(self._search(_pattern(key, entry.case_sensitive), text) for key in keys)
+        return any(self._search(key, entry.case_sensitive, text) for key in keys)
 
-    def _search(self, pattern: "regex.Pattern[str] | None", text: str) -> bool:
-        left = self.deadline - time.monotonic()
-        if pattern is None or left <= 0:
+    def _search(self, key: str, case_sensitive: bool, text: str) -> bool:
+        if (left := self.deadline - time.monotonic()) <= 0:
             return False
         try:
-            return pattern.search(text, timeout=min(left, SEARCH_SECONDS)) is not None
+            pattern = pattern_of(key, case_sensitive)
+            return pattern is not None and pattern.search(text, timeout=min(left, SEARCH_SECONDS)) is not None
         except (TimeoutError, MemoryError):
             return False
 
 
 @lru_cache(maxsize=2048)
-def _pattern(key: str, case_sensitive: bool) -> "regex.Pattern[str] | None":
+def pattern_of(key: str, case_sensitive: bool) -> "regex.Pattern[str] | None":
     """A key as a pattern, `/pattern/flags` or bare; None where it is invalid or over the bounds."""
-    literal = _JS_PATTERN.fullmatch(key)
+    literal = _LITERAL.fullmatch(key)
     pattern, letters = (literal[1], literal[2]) if literal else (key, "" if case_sensitive else "i")
-    repeats = prod(max(int(number or 1) for number in found) for found in _COUNTED.findall(pattern) if any(found))
-    if not pattern or len(pattern) > PATTERN_CHARS or repeats > PATTERN_REPEATS:
+    if len(pattern) > PATTERN_CHARS or not _KNOWN_GROUPS.fullmatch(pattern):
+        return None
+    pattern = _BRACE.sub(lambda found: "\\{" if found[0] == "{" else found[0], pattern)
+    repeats = prod(max(1, *(int(number or 1) for number in found)) for found in _COUNTED.findall(pattern))
+    if not pattern or len(pattern) * repeats > PATTERN_WORK:
         return None
     flags = regex.V0
     for letter, flag in (("i", regex.IGNORECASE), ("m", regex.MULTILINE), ("s", regex.DOTALL)):

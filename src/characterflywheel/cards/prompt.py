@@ -54,7 +54,10 @@ def greetings(character: Character, user_name: str = "User") -> tuple[str, ...]:
     if character.card is None:
         return (character.greeting,)
     card = view(character.card)
-    voice = _voice(character, card, plain_name(user_name))
+    return _greetings(card, _voice(character, card, plain_name(user_name)))
+
+
+def _greetings(card: CardData, voice: Voice) -> tuple[str, ...]:
     return tuple(voice.render(text) for text in (card.first_mes, *card.alternate_greetings))
 
 
@@ -129,7 +132,7 @@ def _card_prompt(
     room = _room(character, budget, fixed, count)
     lore: tuple[Lore, ...] = ()
     if card.character_book is not None and card.character_book.entries:
-        scene = Scene(history, _greeting_number(history, greetings(character, user)))
+        scene = Scene(history, _greeting_number(history, _greetings(card, _voice(character, card, user))))
         share = budget // LORE_SHARE if card.character_book.token_budget is None else budget
         lore = lore_of(card.character_book, scene, voice, min(share, room), count)
     kept = _newest(history, room - _lore_tokens(lore), count)
