@@ -24,6 +24,8 @@ from .card import BookEntry, CharacterBook
 from .decorators import Decorators, read_decorators
 from .macros import Voice
 
+MESSAGE_TOKENS = 5
+"""What a chat template adds to a message: the marks around it and its role, at most, in ChatML and Llama's format."""
 SCAN_DEPTH = 4
 PATTERN_CHARS = 300
 PATTERN_WORK = 50_000
@@ -41,7 +43,8 @@ _KNOWN_GROUPS = re.compile(r"(?:\\.|[^\\(]|\((?!\?)|\(\?(?:[:=!]|<[=!A-Za-z_]|[i
 class Lore(NamedTuple):
     """An entry for the prompt. `position` is a place in the system prompt, or `depth` counts messages from the end.
 
-    `spare` entries are the first to go when the context is short. `tokens` counts the text and a line break.
+    `spare` entries are the first to go when the context is short. `tokens` counts the text and a line break, or the
+    marks of a message.
     """
 
     text: str
@@ -108,9 +111,8 @@ def _lore(one: _Entry, voice: Voice, count: Callable[[str], int]) -> Lore:
     text = voice.render(one.text).strip()
     position = "before_char" if one.entry.position == "before_char" else "after_char"
     depth = None if one.said.position else one.said.depth
-    return Lore(
-        text, one.said.position or position, depth, one.said.role, one.said.ignore_on_max_context, count(text) + 1
-    )
+    tokens = count(text) + (1 if depth is None else MESSAGE_TOKENS)
+    return Lore(text, one.said.position or position, depth, one.said.role, one.said.ignore_on_max_context, tokens)
 
 
 class _Scan:

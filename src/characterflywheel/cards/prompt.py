@@ -14,11 +14,9 @@ from ..characters import system_prompt
 from ..errors import FlywheelError
 from ..records import Character, ChatMessage, Role
 from .card import CardData, view
-from .lorebook import Lore, Scene, lore_of
+from .lorebook import MESSAGE_TOKENS, Lore, Scene, lore_of
 from .macros import Voice, plain_name
 
-MESSAGE_TOKENS = 5
-"""What a chat template adds to a message: the marks around it and its role, at most, in ChatML and Llama's format."""
 REPLY_TOKENS = 4
 """What a chat template adds where the reply begins."""
 LORE_SHARE = 4
@@ -166,7 +164,7 @@ def _tokens(messages: Sequence[ChatMessage], count: Count) -> int:
 
 
 def _lore_tokens(lore: Sequence[Lore]) -> int:
-    return sum(one.tokens + (0 if one.depth is None else MESSAGE_TOKENS) for one in lore)
+    return sum(one.tokens for one in lore)
 
 
 def _last_turn(history: Sequence[ChatMessage]) -> list[ChatMessage]:
