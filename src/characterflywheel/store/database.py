@@ -70,6 +70,13 @@ def prepare(engine: Engine, patience_s: float) -> None:
         migrate_sqlite(Path(str(engine.url.database)), patience_s)
 
 
+def reading(engine: Engine, *, snapshot: bool) -> Connection:
+    """A connection for reading: all statements of a transaction see one snapshot, or each what is committed by then."""
+    if engine.dialect.name == "sqlite":
+        return engine.connect().execution_options(alone=not snapshot)
+    return engine.connect().execution_options(isolation_level="REPEATABLE READ" if snapshot else "AUTOCOMMIT")
+
+
 @contextmanager
 def plain_errors(where: str) -> Iterator[None]:
     """Say of a database that does not answer that it is `StoreUnavailable`."""
@@ -93,7 +100,9 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     """A writer takes its lock at once, so that two processes queue instead of failing in the middle."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("alone"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("writes") else "BEGIN")
 
 
 def _postgresql(address: str, patience_s: float) -> Engine:
@@ -128,8 +137,6 @@ def _postgresql(address: str, patience_s: float) -> Engine:
 def _begin_postgresql(connection: Connection) -> None:
     if connection.get_execution_options().get("writes"):
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_APPENDS})")
-    else:
-        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 
 def _version(connection: Connection) -> int:

@@ -189,86 +189,86 @@ class EventStore:
 
     def characters(self) -> dict[str, Character]:
         """The newest version of every registered character by id, sorted by id."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.newest_characters(connection)
 
     def character(self, id: str, version: int | None = None) -> Character | None:
         """A version of a character, the newest if None."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.character(connection, id, version)
 
     def versions(self, id: str) -> list[Character]:
         """All versions of a character, oldest first."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.versions(connection, id)
 
     def publications(self) -> dict[str, Publication]:
         """The newest decision about each character's newest version; absent where nobody decided about that one."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.publications_in_force(connection)
 
     def publication_history(self, character_id: str) -> list[Publication]:
         """Every decision about a character, oldest first."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.publication_history(connection, character_id)
 
     def experiments(self) -> dict[str, Experiment]:
         """The newest row of every experiment by name."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.experiments_in_force(connection)
 
     def keys(self) -> list[ApiKey]:
         """All API keys, revoked and expired ones too, oldest first."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.api_keys(connection)
 
     def user(self, id: str) -> User | None:
         """A user by id."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.one(connection, schema.users, User, id)
 
     def populations(self, user_ids: Iterable[str]) -> dict[str, Source]:
         """The population of each known user of `user_ids`."""
         found: dict[str, Source] = {}
         wanted = sorted(set(user_ids))
-        with self.read() as connection:
+        with self._look() as connection:
             for start in range(0, len(wanted), 500):  # SQLite bounds the number of variables
                 found |= lookups.populations(connection, wanted[start : start + 500])
         return found
 
     def conversation(self, id: str) -> Conversation | None:
         """A conversation with its messages in order of arrival."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.conversation(connection, id)
 
     def conversations_of(self, user_id: str, limit: int, before_id: str | None = None) -> list[Conversation]:
         """A user's conversations without messages, newest first; those older than `before_id` if it is given."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.conversations_of(connection, user_id, limit, before_id)
 
     def signals_of(self, conversation_id: str) -> list[Signal]:
         """The signals on a conversation's messages, in order of arrival."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.signals_of(connection, conversation_id)
 
     def cast(self) -> dict[str, Character]:
         """The characters in service by id: each at its newest approved version, unless it was retired."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.cast(connection)
 
     def message(self, id: str) -> Message | None:
         """A message by id."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.one(connection, schema.messages, Message, id)
 
     def tip(self, id: str) -> Tip | None:
         """The end of a conversation by its digest."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.one(connection, schema.tips, Tip, id)
 
     def remembered(self, id: str) -> Remembered | None:
         """The answer once given to a request with an idempotency key."""
-        with self.read() as connection:
+        with self._look() as connection:
             return lookups.one(connection, schema.remembered, Remembered, id)
 
     def position(self, at: datetime | None = None) -> Position:
@@ -292,7 +292,11 @@ class EventStore:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A read transaction: a consistent snapshot of the store."""
-        with database.plain_errors(self.where), self._engine.connect() as connection, connection.begin():
+        with (
+            database.plain_errors(self.where),
+            database.reading(self._engine, snapshot=True) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
@@ -315,6 +319,12 @@ class EventStore:
             yield connection
             for statement in schema.forbid_changes(self.dialect):
                 connection.exec_driver_sql(statement)
+
+    @contextmanager
+    def _look(self) -> Iterator[Connection]:
+        """For single questions: each statement sees what is committed by then, and costs no transaction."""
+        with database.plain_errors(self.where), database.reading(self._engine, snapshot=False) as connection:
+            yield connection
 
     def _append(self, tables: Mapping[str, list[Row]], characters: Sequence[Character] = ()) -> int:
         """Append rows by table, characters first, in one transaction; returns how many were new."""
