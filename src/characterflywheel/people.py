@@ -16,6 +16,7 @@ from . import desk
 from .errors import FlywheelError, Waiting
 from .experiment import running
 from .records import Candidate, Character, ChatMessage, Judgement, Message, Prompt, Source, Task
+from .store import EventStore
 
 
 class Utterance(NamedTuple):
@@ -88,7 +89,7 @@ class RealPeople:
     """
 
     def __init__(
-        self, annotation: Path, store: running.ExperimentStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+        self, annotation: Path, store: EventStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
         self.annotation, self.store, self.now = annotation, store, now
 
@@ -111,9 +112,9 @@ class RealPeople:
 
         Raises:
             FlywheelError: an experiment of this name compares other models.
-            Waiting: its days are not over.
+            Waiting: its days are not over, or nobody has met it.
         """
-        now, lasting = self.now(), timedelta(days=bank.days)
+        now = self.now()
         found = self.store.experiments().get(bank.experiment)
         if found is None:
             arms = {arm: running.Arm(model, bank.arm_share) for arm, model in bank.models.items()}
@@ -123,9 +124,10 @@ class RealPeople:
                 f"experiment {bank.experiment!r} was started by hand and compares {found.models}, which is not what "
                 f"this generation compares, {dict(bank.models)}: give the generation a workspace of its own."
             )
-        if found.state == "running" and now < (ends := found.started_at + lasting):
+        ends, met = found.started_at + timedelta(days=bank.days), running.exposed(self.store, found.name)
+        if found.state == "running" and (now < ends or met == 0):
             raise Waiting(
                 f"experiment {found.name} began {found.started_at:%Y-%m-%d %H:%M} UTC and lasts until "
-                f"{ends:%Y-%m-%d %H:%M} UTC: keep `flywheel serve` running, and run again then."
+                f"{ends:%Y-%m-%d %H:%M} UTC; {met} users have met it: keep `flywheel serve` running, run again then."
             )
         return running.stop(self.store, found.name, now).created_at

@@ -125,7 +125,7 @@ def product(tmp_path: Path) -> Iterator[Product]:
 
 
 def test_a_run_waits_for_the_days_and_then_comes_to_a_verdict(product: Product) -> None:
-    with pytest.raises(Waiting, match="began 2026-03-02 09:00 UTC and lasts until 2026-03-09 09:00 UTC"):
+    with pytest.raises(Waiting, match="began 2026-03-02 09:00 UTC and lasts until 2026-03-09 09:00 UTC; 0 users"):
         product.run()
     (started,) = product.store.experiments().values()
     assert (started.name, started.state, started.started_at) == ("gen1-against-base", "running", MONDAY)
@@ -147,6 +147,15 @@ def test_a_run_waits_for_the_days_and_then_comes_to_a_verdict(product: Product) 
     assert found.depth_all.value == pytest.approx((1 + 6 * 0.4) / (1 + 6 * 0.1) - 1, abs=0.2)
     product.clock.at += 30 * DAY
     assert product.run() == found
+
+
+def test_an_experiment_that_nobody_met_goes_on(product: Product) -> None:
+    with pytest.raises(Waiting, match="0 users have met it"):
+        product.run()
+    product.clock.at = MONDAY + 8 * DAY
+    with pytest.raises(Waiting, match="0 users have met it"):
+        product.run()
+    assert product.store.experiments()["gen1-against-base"].state == "running"
 
 
 def test_the_chat_service_finds_the_new_model_while_the_old_one_serves(product: Product) -> None:

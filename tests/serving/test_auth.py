@@ -24,6 +24,7 @@ from characterflywheel.serving.auth import (
 )
 from characterflywheel.serving.errors import ApiError
 from characterflywheel.serving.keys import create_key, revoke_key
+from characterflywheel.serving.reloaded import Reloaded
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 SAME_SITE = {"sec-fetch-site": "same-origin"}
@@ -172,6 +173,23 @@ def test_a_started_authenticator_reads_keys_in_its_own_thread() -> None:
             except Unauthorized:
                 time.sleep(0.005)
     assert found.scopes == {"chat"}
+
+
+def test_a_slow_reading_does_not_undo_a_later_one() -> None:
+    seen, time_now = ["old", "new"], Clock(0.0)
+
+    def load() -> str:
+        if seen[0] == "old" and time_now.at == 1.0:  # while this reads, another reading begins and ends
+            seen.pop(0)
+            time_now.at = 2.0
+            value.reload()
+            return "old"
+        return seen[0]
+
+    value: Reloaded[str] = Reloaded(load, 60, time_now)
+    time_now.at = 1.0
+    value.reload()
+    assert value.get() == "new"
 
 
 @pytest.mark.parametrize(

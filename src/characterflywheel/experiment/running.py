@@ -10,10 +10,12 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from pydantic import ValidationError
+from sqlalchemy import func, select
 
 from ..errors import FlywheelError
 from ..ids import derive_id
 from ..service_records import Experiment
+from ..store import EventStore, schema
 from .assignment import CONTROL, TREATMENT, territories
 
 
@@ -107,6 +109,14 @@ def running(store: ExperimentStore, name: str) -> Experiment:
     if found.state != "running":
         raise FlywheelError(f"experiment {name!r} was stopped at {found.created_at}: start another under a new name.")
     return found
+
+
+def exposed(store: EventStore, name: str) -> int:
+    """How many users have met an experiment so far."""
+    exposures = schema.exposures
+    with store.read() as connection:
+        found = connection.scalar(select(func.count()).select_from(exposures).where(exposures.c.experiment == name))
+    return int(found or 0)
 
 
 def _checked(shares: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A bucket is one number, the moment when it will be full again (the generic cell rate algorithm). Buckets lie in two
 generations: one that was looked at moves to the young one, and what is left in the old one is dropped together, after
 the time in which any bucket fills up, or earlier where too many people came. Memory is bounded and nothing is swept.
+Several processes of a service each count for themselves.
 """
 
 import time

@@ -26,7 +26,7 @@ class Reloaded(Generic[T]):
         self.seconds, self._load, self._clock = seconds, load, clock
         self._value = load()
         self._loaded = self._tried = clock()
-        self._stop = threading.Event()
+        self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def get(self) -> T:
@@ -44,11 +44,13 @@ class Reloaded(Generic[T]):
         """Read the value now. A boundary: where that fails the last value stays, and the failure is in the log."""
         self._tried = begun = self._clock()
         try:
-            self._value = self._load()
+            value = self._load()
         except Exception:
             _log.exception("reading again failed; what was read %.0f s ago stays in force", self.age)
-        else:
-            self._loaded = begun
+            return
+        with self._lock:
+            if begun >= self._loaded:  # else somebody who began later was faster
+                self._value, self._loaded = value, begun
 
     def start(self) -> None:
         """Load from now on in a thread of its own, so that no request waits for it."""

@@ -196,6 +196,8 @@ class Redact(logging.Filter):
             record.exc_text = "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")
         if record.exc_text:
             record.exc_text = redacted(record.exc_text)
+        if record.stack_info:
+            record.stack_info = redacted(record.stack_info)
         try:
             message = record.getMessage()
         except (TypeError, ValueError):  # the handler would print the arguments to say that they do not fit
