@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
-from .cards import card_of, character_of, read_card, write_png
+from .cards import card_of, character_of, greeting, read_card, write_png
 from .cards.png import is_png, picture_of
 from .characters import load_characters, system_prompt
 from .errors import FlywheelError
@@ -48,7 +48,7 @@ def list_characters(workspace: Workspace) -> None:
 def show(workspace: Workspace, id: str) -> None:
     """A character as the model is told of it, and its greeting."""
     character = _one(workspace, id)
-    print(f"{system_prompt(character)}\n\n{character.name}: {character.greeting}")
+    print(f"{system_prompt(character)}\n\n{character.name}: {greeting(character)}")
 
 
 def import_cards(workspace: Workspace, files: Sequence[Path], id: str | None = None) -> None:
