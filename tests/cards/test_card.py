@@ -66,7 +66,7 @@ def test_a_newer_version_of_the_specification_is_read() -> None:
         (b'{"a": NaN}', "NaN is no JSON number"),
         (b'{"a": 1e999}', "must be finite"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not readable JSON"),
-        (b'{"a": ' * 100 + b"1" + b"}" * 100, "nested more than 64 deep"),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, "is nested more than 64 deep"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "not readable JSON"),
         (b" " * (MAX_JSON_BYTES + 1), "at most 8388608 are read"),
     ],

@@ -155,6 +155,21 @@ def test_decisions_need_a_reason_and_a_version(store: EventStore) -> None:
         retire(store, "nobody", "ann", "x")
 
 
+@pytest.mark.parametrize(
+    ("character", "problem"),
+    [
+        (changed(name="a\0b"), "character.name' holds a NUL"),
+        (changed(card={"name": "Jo", "description": 1j}), "description ="),
+        (changed(card={"name": "Jo", "extensions": {"x": "\ud800"}}), "half a character"),
+        (changed(extensions={"x": float("nan")}), "numbers must be finite"),
+    ],
+)
+def test_what_cannot_be_served_is_not_registered(store: EventStore, character: Character, problem: str) -> None:
+    with pytest.raises(FlywheelError, match=problem):
+        asyncio.run(Publisher(store, rules()).submit(character, "key-1"))
+    assert store.characters() == {}
+
+
 def test_submissions_at_once_get_a_version_each(store: EventStore) -> None:
     publisher = Publisher(store, rules())
 

@@ -101,7 +101,7 @@ def read_json(raw: bytes | str) -> dict[str, object]:
         raise FlywheelError(f"the card is not readable JSON ({error}); export it again as JSON or PNG.") from None
     if not isinstance(found, dict):
         raise FlywheelError(f"the card is a JSON {type(found).__name__}; a character card is an object.")
-    _check_values(found)
+    check_values(found)
     return found
 
 
@@ -110,7 +110,7 @@ def data_of(card: Mapping[str, object]) -> dict[str, object]:
 
     Raises FlywheelError where it is no card, or a field that we use has a wrong type.
     """
-    _check_values(card)
+    check_values(card)
     spec = card.get("spec")
     if spec == "lorebook_v3":
         raise FlywheelError("this is a lorebook (spec = 'lorebook_v3'), not a character card: import the character.")
@@ -148,10 +148,10 @@ _DEMANDED: dict[str, object] = {
 }  # fmt: skip
 
 
-def _check_values(value: object, where: str = "card", depth: int = 0) -> None:
-    """Refuse what would not come back the same from a store, and nesting that would exhaust the stack."""
+def check_values(value: object, where: str = "card", depth: int = 0) -> None:
+    """Raise FlywheelError for what would not come back the same from a store, or would exhaust the stack."""
     if depth > MAX_DEPTH:
-        raise FlywheelError(f"the card is nested more than {MAX_DEPTH} deep at {_short(where)}.")
+        raise FlywheelError(f"{_short(where)} is nested more than {MAX_DEPTH} deep.")
     match value:
         case str():
             if _UNKEEPABLE.search(value):
@@ -160,11 +160,11 @@ def _check_values(value: object, where: str = "card", depth: int = 0) -> None:
             raise FlywheelError(f"{_short(where)} = {value}: numbers must be finite.")
         case Mapping():
             for key, inner in value.items():
-                _check_values(key, f"{where}: a field's name", depth + 1)
-                _check_values(inner, f"{where}.{key}", depth + 1)
+                check_values(key, f"{where}: a field's name", depth + 1)
+                check_values(inner, f"{where}.{key}", depth + 1)
         case list() | tuple():
             for number, inner in enumerate(value):
-                _check_values(inner, f"{where}.{number}", depth + 1)
+                check_values(inner, f"{where}.{number}", depth + 1)
 
 
 def _no_constant(name: str) -> Any:

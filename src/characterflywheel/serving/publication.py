@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple, Protocol
 
+from ..cards.card import check_values, data_of
 from ..cards.texts import texts_of
 from ..characters import load_characters
 from ..errors import FlywheelError
@@ -58,8 +59,12 @@ class Publisher:
         """Check a character and register it as a new version; returns the decision about it.
 
         Its `version` and `safety` are ours to set. Content equal to the newest version is that version: where it was
-        decided about, that decision stands, unless it could not be checked then or was retired since.
+        decided about, that decision stands, unless it could not be checked then or was retired since. Raises
+        FlywheelError where a field of its card has a wrong type, or a text cannot be stored.
         """
+        check_values(character.model_dump(exclude={"card"}), "character")
+        if character.card is not None:
+            data_of({"data": character.card})
         async with self._turn:  # versions are numbered one after the other
             version = await asyncio.to_thread(self._numbered, character)
         return await self._decided(version, by, at)
