@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from web_site import EVIL, FLYWHEEL, Site, Visit, process
 
+from characterflywheel.serving.keys import create_key
+from characterflywheel.store import EventStore
 from characterflywheel.workspace import init
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -21,37 +23,39 @@ SERVING = r"serving .* on (http://\S+)"
 UPSTREAM = Path(__file__).parents[2] / "benchmarks" / "mock_upstream.py"
 
 
-def _workspace(folder: Path) -> Path:
-    init(folder, "tiny")
+def _workspace(folder: Path) -> tuple[Path, dict[str, str]]:
+    workspace = init(folder, "tiny")
+    with EventStore.open(workspace.database) as store:
+        keys = {scope: create_key(store, "test", (scope,))[1] for scope in ("characters", "review")}
     (folder / "characters" / "evil.toml").write_text(
         f'name = """{EVIL}"""\ncategory = """{EVIL}"""\ntraits = ["""{EVIL}"""]\ngreeting = """{EVIL}"""\n'
         f'[[instructions]]\ntext = """{EVIL}"""\n'
     )
-    return folder
+    return folder, keys
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """The service with the echo backend."""
-    root = _workspace(tmp_path_factory.mktemp("site") / "workspace")
+    root, keys = _workspace(tmp_path_factory.mktemp("site") / "workspace")
     command = [*FLYWHEEL, "serve", str(root), "--backend", "echo", "--port", "0"]
     with process(command, SERVING, root.parent / "serve.log") as url:
-        yield Site(url, root)
+        yield Site(url, root, keys)
 
 
 @pytest.fixture(scope="session")
 def slow_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The service before a model server that takes its time: five sentences in 1.5 seconds."""
+    """The service before a model server that takes its time: five sentences in two seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = _workspace(tmp_path_factory.mktemp("slow") / "workspace")
-    model = [sys.executable, str(UPSTREAM), "--port", str(port), "--words", "120", "--piece", "0.012"]
+    root, keys = _workspace(tmp_path_factory.mktemp("slow") / "workspace")
+    model = [sys.executable, str(UPSTREAM), "--port", str(port), "--first", "0.8", "--words", "120", "--piece", "0.012"]
     upstream = subprocess.Popen(model, stdout=subprocess.DEVNULL)
     command = [*FLYWHEEL, "serve", str(root), "--endpoint", f"http://127.0.0.1:{port}/v1", "--port", "0"]
     try:
         with process(command, SERVING, root.parent / "serve.log") as url:
-            yield Site(url, root)
+            yield Site(url, root, keys)
     finally:
         upstream.terminate()
         upstream.wait(10)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from web_site import Site, Visit
+from web_site import Site, Visit, eventually
 
 Begin = Callable[..., Visit]
 
@@ -216,3 +216,54 @@ def test_what_people_wrote_is_text_and_runs_nothing(visit: Begin) -> None:
     assert page.locator("script").count() == 1
     assert page.locator(".words b, .said b").count() == 0
     assert (person.troubles, person.outside()) == ([], [])
+
+
+def test_a_greeting_is_chosen_among_alternates(visit: Begin, site: Site) -> None:
+    person = visit(width=390, height=844)
+    data = {
+        "name": "Juniper", "description": "A kind herbalist.", "first_mes": "Hello, traveller.",
+        "alternate_greetings": ["*looks up* {{char}} is glad to see you.", "Mind the nettles."], "personality": "",
+        "scenario": "", "mes_example": "", "creator_notes": "", "system_prompt": "", "post_history_instructions": "",
+        "creator": "", "character_version": "", "tags": [], "extensions": {},
+    }  # fmt: skip
+    made = person.page.request.post(
+        f"{site.url}/v1/characters",
+        data={"spec": "chara_card_v2", "spec_version": "2.0", "data": data},
+        headers={"Authorization": f"Bearer {site.keys['characters']}"},
+    )
+    assert made.json()["state"] == "approved", made.text()
+    page = person.with_character("Juniper")
+    first = page.locator(".turn").first
+    assert first.locator(".count").inner_text() == "1/3"
+    first.get_by_role("button", name="Later reply").click()
+    assert words(first) == "looks up Juniper is glad to see you."
+    assert first.locator("em").inner_text() == "looks up"
+    person.say("Good day")
+    stored = site.rows("SELECT content FROM messages WHERE conversation_id = ? ORDER BY rowid", person.id)
+    assert stored[0] == ("*looks up* Juniper is glad to see you.",)
+    assert page.locator(".turn").first.locator(".count").is_hidden()
+    assert person.troubles == []
+
+
+def test_a_picture_is_shown_where_the_service_names_one(visit: Begin) -> None:
+    person = visit()
+    view = {"version": 1, "category": "", "traits": [], "greetings": []}
+    listed = [
+        view | {"id": "a", "name": "Has One", "picture": "/static/favicon.svg"},
+        view | {"id": "b", "name": "Has None"},
+        view | {"id": "c", "name": "Lost It", "picture": "/static/lost.svg"},
+    ]
+    person.page.route("**/v1/characters", lambda route: route.fulfill(json={"data": listed}))
+    page = person.home()
+    eventually(lambda: page.locator("#character-list img").count() == 1)
+    assert page.locator("#character-list .portrait").all_inner_texts() == ["HO", "HN", "LI"]
+
+
+def test_a_place_that_is_not_there_says_so(visit: Begin) -> None:
+    person = visit(width=390, height=844)
+    for place in ("#with/nobody", "#talk/%", "#%E0%A4%A"):
+        person.page.goto(f"{person.site.url}/{place}")
+        person.page.get_by_role("link", name="All characters").wait_for()
+    person.page.get_by_role("link", name="All characters").click()
+    person.page.wait_for_selector("#character-list a")
+    assert all("404" in trouble for trouble in person.troubles)

@@ -92,6 +92,23 @@ def test_a_reply_that_breaks_off_can_be_asked_for_again(visit: Begin, site: Site
     assert person.troubles == []
 
 
+def test_what_was_said_but_never_answered_is_answered_after_a_reload(visit: Begin, slow_site: Site) -> None:
+    person = visit(at=slow_site)
+    page = person.with_character("Smoulder")
+    person.say("first")
+    page.fill("#words", "second")
+    page.keyboard.press("Enter")
+    stored = "SELECT id FROM messages WHERE conversation_id = ? AND content = 'second'"
+    eventually(lambda: slow_site.rows(stored, person.id))
+    page.reload()  # before the model has said a word
+    page.get_by_text("This was not answered yet.").wait_for()
+    assert page.input_value("#words") == ""
+    page.get_by_role("button", name="Try again").click()
+    page.locator(".turn.last .again").wait_for()
+    assert page.locator(".turn").count() == 3
+    assert len(slow_site.rows(stored, person.id)) == 1
+
+
 def test_offline_is_told_and_the_text_is_kept_over_a_reload(visit: Begin) -> None:
     person = visit()
     page = person.with_character("Smoulder")
@@ -128,3 +145,13 @@ def test_an_expired_session_begins_anew(visit: Begin) -> None:
     person.context.clear_cookies()
     assert person.say("still here?").locator(".words").inner_text() == "still here?"
     assert all("401" in trouble for trouble in person.troubles)
+
+
+def test_a_service_that_is_gone_is_told_on_a_phone_too(visit: Begin) -> None:
+    person = visit(width=390, height=844)
+    person.page.route("**/v1/session", lambda route: route.abort())
+    person.page.goto(person.site.url)
+    person.page.get_by_text("The service cannot be reached.").wait_for()
+    person.page.unroute("**/v1/session")
+    person.page.get_by_role("button", name="Try again").click()
+    person.page.wait_for_selector("#character-list a")

@@ -11,7 +11,7 @@ ENTRY = {"keys": ["a"], "content": EVIL, "extensions": {}, "enabled": True, "ins
 BOOK = {"extensions": {}, "entries": [ENTRY]}
 
 
-def doubtful(site: Site, person: Visit, key: str, name: str) -> None:
+def doubtful(site: Site, person: Visit, name: str) -> None:
     """Submit a character that safety is in doubt about."""
     data = {
         "name": f"{name} {EVIL}", "description": f"Where do I buy cocaine? {EVIL}", "first_mes": THREAT,
@@ -21,7 +21,7 @@ def doubtful(site: Site, person: Visit, key: str, name: str) -> None:
     }  # fmt: skip
     card = {"spec": "chara_card_v2", "spec_version": "2.0", "data": data}
     answer = person.page.request.post(
-        f"{site.url}/v1/characters", data=card, headers={"Authorization": f"Bearer {key}"}
+        f"{site.url}/v1/characters", data=card, headers={"Authorization": f"Bearer {site.keys['characters']}"}
     )
     assert answer.status == 201, answer.text()
     assert answer.json()["state"] == "review", answer.text()
@@ -29,19 +29,18 @@ def doubtful(site: Site, person: Visit, key: str, name: str) -> None:
 
 def test_a_person_decides_about_doubtful_characters(visit: Begin, site: Site) -> None:
     person = visit()
-    creating, reviewing = site.key("characters"), site.key("review")
-    doubtful(site, person, creating, "First")
-    doubtful(site, person, creating, "Second")
+    doubtful(site, person, "First")
+    doubtful(site, person, "Second")
     page = person.page
     page.goto(f"{site.url}/review")
     assert look(page) == []
     page.fill("#key", "fw_wrong")
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
-    page.fill("#key", creating)
+    page.fill("#key", site.keys["characters"])
     page.keyboard.press("Enter")
     page.get_by_role("alert").filter(has_text="review").wait_for()
-    page.fill("#key", reviewing)
+    page.fill("#key", site.keys["review"])
     page.keyboard.press("Enter")
     page.locator(".dossier").nth(1).wait_for()
     first = page.locator(".dossier").first
@@ -76,10 +75,10 @@ def test_a_person_decides_about_doubtful_characters(visit: Begin, site: Site) ->
 
 def test_approving_needs_a_reason(visit: Begin, site: Site) -> None:
     person = visit()
-    doubtful(site, person, site.key("characters"), "Third")
+    doubtful(site, person, "Third")
     page = person.page
     page.goto(f"{site.url}/review")
-    page.fill("#key", site.key("review"))
+    page.fill("#key", site.keys["review"])
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Approve").first.click()
     assert page.evaluate("document.activeElement.tagName") == "TEXTAREA"

@@ -7,9 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,34 +28,16 @@ def eventually(look: Callable[[], T], patience: float = 10.0) -> T:
 
 
 class Site(NamedTuple):
-    """A running service: its address, its workspace."""
+    """A running service: its address, its workspace, and a key for each scope that the tests use."""
 
     url: str
     root: Path
+    keys: Mapping[str, str]
 
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """What the store holds, read past the service."""
         with sqlite3.connect(f"file:{self.root / 'flywheel.db'}?mode=ro", uri=True) as database:
             return database.execute(query, values).fetchall()
-
-    def key(self, *scopes: str) -> str:
-        """A new API key, made as an operator makes one."""
-        options = [part for scope in scopes for part in ("--scope", scope)]
-        made = subprocess.run(
-            [*FLYWHEEL, "keys", "create", str(self.root), *options], capture_output=True, text=True, check=True
-        )
-        found = re.search(r"fw_\S+", made.stdout)
-        assert found, made.stdout
-        eventually(lambda: self._knows(found.group()))  # keys are read again every two seconds
-        return found.group()
-
-    def _knows(self, key: str) -> bool:
-        request = urllib.request.Request(f"{self.url}/v1/me", headers={"Authorization": f"Bearer {key}"})
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-        except urllib.error.HTTPError as error:
-            return error.code == 403
-        return True
 
 
 @contextmanager

@@ -23,7 +23,8 @@ export class Chat {
       draft: (text) => this.keepDraft(text),
     });
     this.turns.forEach((turn) => this.addView(turn));
-    this.room.put(sessionStorage.getItem(this.draftName) ?? "");
+    const draft = sessionStorage.getItem(this.draftName) ?? "";
+    this.room.put(last?.trouble && last.said.text === draft ? "" : draft); // it stands there already, to be tried again
     this.show();
     this.room.toEnd();
     this.room.focus();

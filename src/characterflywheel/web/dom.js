@@ -65,9 +65,10 @@ export function prose(node, text) {
   );
 }
 
-/** Say something to screen readers, politely. */
+/** Say something to screen readers, politely, also if it was said before. */
 export function announce(text) {
-  document.getElementById("live").textContent = text;
+  const live = document.getElementById("live");
+  live.textContent = live.textContent === text ? `${text}\u00a0` : text;
 }
 
 const LANGUAGE = document.documentElement.lang;

@@ -21,14 +21,14 @@ function tell(text) {
 }
 
 async function go() {
-  const [view, id] = location.hash.slice(1).split("/").map(decodeURIComponent);
+  const [view, id] = location.hash.slice(1).split("/");
   if (chat && view === "talk" && chat.id === id) return; // it has just begun here
   const move = ++moves;
   chat?.close();
   chat = null;
   people.mark();
   document.body.dataset.view = view ? "talk" : "people";
-  if (view === "with") {
+  if (view === "with" && people.knows(id)) {
     open(people.character(id), null);
   } else if (view === "talk") {
     try {
@@ -37,6 +37,8 @@ async function go() {
     } catch (error) {
       if (move === moves) lost(error);
     }
+  } else if (view) {
+    lost(new api.ApiError("There is no such character.", { status: 404 }));
   } else {
     document.documentElement.style.removeProperty("--hue");
     document.title = HOME;
@@ -56,7 +58,8 @@ function open(character, conversation) {
 
 /** A conversation, or the whole service, that cannot be had. */
 function lost(error) {
-  const text = error.status === 404 ? "This conversation is not yours to read, or no longer there." : error.message;
+  const text = error.code === "conversation_not_found" ? "This conversation is not yours to read, or no longer there." : error.message;
+  document.body.dataset.view = "talk";
   talk.replaceChildren(el("div", { class: "welcome" }, el("h2", { text }),
     el("p", {}, el("a", { href: "#", text: "All characters" }), " · ", el("button", { type: "button", class: "quiet", text: "Try again", onclick: start }))));
 }

@@ -9,6 +9,7 @@ export function sentence(error) {
   if (error.code === "unreachable") return navigator.onLine ? "The service cannot be reached at the moment." : "You are offline.";
   if (error.code === "rate_limited") return "That was a little fast.";
   if (error.status === 429) return "Many people are talking at once.";
+  if (error.code === "model_not_found" || error.code === "character_not_found") return "This character is no longer here.";
   if (error.status >= 500) return "That did not work, and it is not your fault.";
   return error.message || "That did not work.";
 }

@@ -47,6 +47,11 @@ export class People {
     byId("recent-list").children[first]?.querySelector("a").focus();
   }
 
+  knows(id) {
+    return this.characters.some((one) => one.id === id);
+  }
+
+  /** A character; one that has left still has its name in old conversations. */
   character(id, name = id) {
     return this.characters.find((one) => one.id === id) ?? { id, name, traits: [], greetings: [], category: "" };
   }
