@@ -197,8 +197,11 @@ def test_leaving_stops_the_server_too(streamed: bool) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        await asyncio.sleep(0.3)
-        return mock.counts["left"]
+        for _ in range(300):
+            if mock.counts["left"]:
+                break
+            await asyncio.sleep(0.01)
+        return int(mock.counts["left"])
 
     assert asking(test) == 1
 

@@ -53,6 +53,14 @@ async def outcome(call: Awaitable[Any]) -> str:
     return "ok"
 
 
+async def until_left(mock: Mock) -> None:
+    """Wait until the server has noticed that its client left, for 3 s at most."""
+    for _ in range(300):
+        if mock.counts["left"]:
+            return
+        await asyncio.sleep(0.01)
+
+
 def idle(guarded: Guarded) -> bool:
     return guarded.running == guarded.waiting == len(guarded._oldest) == 0
 
@@ -90,18 +98,19 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
 
         tasks = [asyncio.create_task(numbered(number)) for number in range(5)]
         await asyncio.sleep(0.02)
-        full = one.running, one.waiting
+        full, mean = (one.running, one.waiting), one._mean_s
         with pytest.raises(BackendBusy) as caught:
             await ask(one)
         with pytest.raises(BackendBusy):
             await hear(one)
         await asyncio.gather(*tasks)
-        return full, caught.value, order, mock.counts["ok"], one
+        return full, caught.value, mean, order, mock.counts["ok"], one
 
-    full, busy, order, served, one = guarding(test, concurrent=2, waiting=3)
+    full, busy, mean, order, served, one = guarding(test, concurrent=2, waiting=3)
     assert full == (2, 3)
     assert (busy.status, busy.code) == (429, "queue_full")
-    assert busy.retry_after == pytest.approx(0.2, rel=0.5), "four before me, two at a time, 0.1 s each"
+    assert mean >= 0.1
+    assert busy.retry_after == pytest.approx(2 * mean), "three wait and I, two at a time"
     assert sorted(order[:2]) == [0, 1]
     assert sorted(order[2:4]) == [2, 3]
     assert served == 6
@@ -111,7 +120,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_back() -> None:
 
 def test_before_anything_was_measured_the_oldest_request_says_how_slow_the_model_is() -> None:
     async def test(mock: Mock, guarded: Callable[..., Guarded]) -> float:
-        one = guarded("mock?first=0.5")
+        one = guarded("mock?first=3")
         task = asyncio.create_task(ask(one))
         await asyncio.sleep(0.2)
         with pytest.raises(BackendBusy) as caught:
@@ -120,7 +129,7 @@ def test_before_anything_was_measured_the_oldest_request_says_how_slow_the_model
         await asyncio.gather(task, return_exceptions=True)
         return caught.value.retry_after
 
-    assert guarding(test, concurrent=1, waiting=0) == pytest.approx(0.2, abs=0.1)
+    assert 0.2 <= guarding(test, concurrent=1, waiting=0) < 2
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
@@ -130,33 +139,33 @@ def test_a_model_that_hangs_is_an_answer(streamed: bool) -> None:
         with pytest.raises(BackendError) as caught:
             await (hear(one) if streamed else ask(one))
         took = time.monotonic() - began
-        await asyncio.sleep(0.05)
+        await until_left(mock)
         return caught.value, took, mock.counts["left"], one
 
     error, took, left, one = guarding(test, timeout_s=0.3, first_token_s=0.15)
     assert (error.status, error.code) == ((504, "first_token_timeout") if streamed else (504, "timeout"))
-    assert took == pytest.approx(0.15 if streamed else 0.3, abs=0.12)
+    assert 0 <= took - (0.15 if streamed else 0.3) < 1
     assert left == 1, "the server hears that nobody waits any more"
     assert idle(one)
 
 
 def test_a_stream_that_is_slow_to_begin_or_to_end() -> None:
     async def test(mock: Mock, guarded: Callable[..., Guarded]) -> Any:
-        slow = [guarded("mock?first=0.5"), guarded("mock?piece=0.1"), guarded("mock?first=0.1&piece=0.01")]
+        slow = [guarded("mock?first=2"), guarded("mock?piece=0.4"), guarded("mock?first=0.1&piece=0.01")]
         return [await outcome(hear(one)) for one in slow], all(map(idle, slow))
 
-    outcomes, all_idle = guarding(test, timeout_s=0.3, first_token_s=0.2)
+    outcomes, all_idle = guarding(test, timeout_s=1, first_token_s=0.6)
     assert outcomes == ["first_token_timeout", "timeout", "ok"]
     assert all_idle
 
 
 def test_deadlines_include_the_wait_which_does_not_speak_against_the_model() -> None:
     async def test(mock: Mock, guarded: Callable[..., Guarded]) -> Any:
-        one = guarded("mock?first=0.15", failures_in_a_row=1)
+        one = guarded("mock?first=0.4", failures_in_a_row=1)
         outcomes = await asyncio.gather(*[outcome(ask(one)) for _ in range(4)], outcome(hear(one)))
         return outcomes, one.broken, one
 
-    outcomes, broken, one = guarding(test, concurrent=1, timeout_s=0.4, first_token_s=0.1)
+    outcomes, broken, one = guarding(test, concurrent=1, timeout_s=1.05, first_token_s=0.1)
     assert outcomes == ["ok", "ok", "timeout", "queue_timeout", "queue_timeout"]
     assert not broken
     assert idle(one)
@@ -174,7 +183,7 @@ def test_a_client_that_leaves_frees_its_place(streamed: bool) -> None:
         for task in reversed(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.1)
+        await until_left(mock)
         return before, idle(one), await ask(one), one.counters.outcomes, mock.counts
 
     before, was_idle, text, outcomes, counts = guarding(test, concurrent=1)
@@ -192,7 +201,7 @@ def test_a_stream_that_is_closed_in_the_middle_frees_its_place() -> None:
         first = await anext(stream)
         running = one.running
         await stream.aclose()
-        await asyncio.sleep(0.2)
+        await until_left(mock)
         return first.text, running, idle(one), mock.counts["left"], one.counters.outcomes
 
     assert guarding(test) == ("The", 1, True, 1, {"cancelled": 1})
@@ -279,12 +288,12 @@ def test_what_the_request_is_to_blame_for_does_not_open_the_breaker() -> None:
 
 def test_those_who_wait_when_the_breaker_opens_are_told_at_once() -> None:
     async def test(mock: Mock, guarded: Callable[..., Guarded]) -> Any:
-        one, began = guarded("mock?mode=status:500&first=0.1", failures_in_a_row=1), time.monotonic()
+        one, began = guarded("mock?mode=status:500&first=0.3", failures_in_a_row=1), time.monotonic()
         return await asyncio.gather(*[outcome(ask(one)) for _ in range(6)]), time.monotonic() - began, idle(one)
 
     outcomes, took, was_idle = guarding(test, concurrent=1)
     assert outcomes == ["upstream_failed"] + ["resting"] * 5
-    assert took < 0.3
+    assert took < 1.5, "one after the other it would be 1.8 s"
     assert was_idle
 
 
@@ -301,6 +310,17 @@ def test_ready_asks_the_model_for_a_bounded_time() -> None:
         assert (caught.value.status, caught.value.code) == (503, "loading")
 
     asyncio.run(test())
+
+
+def test_a_stream_that_just_stops_ends_with_an_error() -> None:
+    class Stopping(Scripted):
+        async def stream(
+            self, messages: Sequence[ChatMessage], sampling: Sampling, seed: int
+        ) -> AsyncGenerator[Chunk, None]:
+            yield Chunk("so far")
+
+    chunks = asyncio.run(hear(Guarded(Stopping(1), ServerConfig())))
+    assert chunks == [Chunk("so far"), Chunk("", "error")]
 
 
 class Scripted:

@@ -20,6 +20,7 @@ from .replies import Backend, BackendBusy, BackendError, Chunk, Reply
 
 FAILURES_IN_A_ROW = 5
 REST_S = 5.0
+_UNENDED = Chunk("", "error")  # what a stream that just stops has said
 _RECENT = 0.1  # weight of the newest request in the moving mean of service seconds
 
 
@@ -138,7 +139,7 @@ class Guarded:
             source = self.backend.stream(messages, sampling, seed)
             while final is None:
                 async with asyncio.timeout_at(deadline):
-                    chunk = await anext(source)
+                    chunk = await anext(source, _UNENDED)
                 if turn.first is None:
                     turn.first = self._clock()
                     code, limit, deadline = "timeout", self._server.timeout_s, last
