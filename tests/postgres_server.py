@@ -99,7 +99,8 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where a new store may be: a test that asks for it runs on both databases."""
     if request.param == "sqlite":
         return tmp_path / "flywheel.db"
-    return request.getfixturevalue("postgres").new_database()
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database()
 
 
 @pytest.fixture
@@ -108,4 +109,5 @@ def new_where(where: Path | str, request: pytest.FixtureRequest, tmp_path: Path)
     numbers = itertools.count()
     if isinstance(where, Path):
         return lambda: tmp_path / f"more-{next(numbers)}.db"
-    return request.getfixturevalue("postgres").new_database
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_database

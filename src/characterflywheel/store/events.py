@@ -25,7 +25,7 @@ from .export import export as write_window
 from .rows import Row, microseconds, rows, rows_of_columns
 
 _IN_ORDER = tuple(name for name in schema.NUMBERED if name in Events.model_fields)  # parents before children
-_AT_ONCE = 64  # rows of one statement on SQLite: each statement costs a hand-over between threads
+_AT_ONCE = 512  # rows of one statement on SQLite: each statement costs a hand-over between threads
 
 
 class Position(Record):
@@ -354,7 +354,7 @@ class EventStore:
         size = _AT_ONCE
         while start < len(given):
             while size > len(given) - start:
-                size //= 2  # so a table has seven statements, each prepared once
+                size //= 2  # so a table has ten statements, each prepared once
             some = tuple(chain.from_iterable(given[start : start + size]))
             added += connection.exec_driver_sql(schema.insert(table, "sqlite", size), some).rowcount
             start += size
