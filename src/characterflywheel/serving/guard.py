@@ -139,7 +139,7 @@ class Guarded:
             source = self.backend.stream(messages, sampling, seed)
             while final is None:
                 async with asyncio.timeout_at(deadline):
-                    chunk = await anext(source, _UNENDED)
+                    chunk = await anext(source, None) or _UNENDED  # a tuple as the default trips Python 3.11
                 if turn.first is None:
                     turn.first = self._clock()
                     code, limit, deadline = "timeout", self._server.timeout_s, last
