@@ -145,7 +145,7 @@ class Authenticator:
 
     def new_session(self, secure: bool = False) -> tuple[Principal, str]:
         """A new anonymous visitor and the value of the `Set-Cookie` header. `secure`: the page came over https."""
-        user = uuid7()
+        user = uuid7(rng=secrets.SystemRandom())  # ordinary ids can be predicted by whoever has seen many
         return _visitor(user), self._set_cookie(user, secure)
 
     def renewal(self, cookies: Mapping[str, str], secure: bool = False) -> str | None:
