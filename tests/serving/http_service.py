@@ -43,7 +43,7 @@ def service(
     """A service of a new workspace in `folder`, or of the one that is there."""
     workspace = Workspace.open(folder) if folder.exists() else init(folder, "tiny")
     config = FlywheelConfig(
-        server=ServerConfig(backend="echo", **(server or {})), safety=SafetyConfig(**(safety or {}))
+        server=ServerConfig(**({"backend": "echo"} | (server or {}))), safety=SafetyConfig(**(safety or {}))
     )
     with EventStore.open(workspace.database) as store:
         _, key = create_key(store, "test", ("admin",))
