@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from .. import __version__
 from ..config import FlywheelConfig
 from ..errors import FlywheelError
-from ..safety.moderator import make_moderator
+from ..safety.moderator import Moderator, make_moderator
 from ..store import EventStore
 from ..store.journal import Journal
 from ..workspace import Workspace
@@ -36,9 +36,7 @@ _REFRESH_SECONDS = 5.0
 _DAY_SECONDS = 86_400.0
 
 
-def make_app(
-    workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub], None] = lambda hub: None
-) -> ASGIApp:
+def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub], None] = lambda hub: None) -> ASGIApp:
     """The service of a workspace as an ASGI application; its parts open with the application's lifespan.
 
     `opened` is given the parts once they are open, for programs that embed the service.
@@ -81,7 +79,7 @@ async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, 
     stack.push_async_callback(journal.stop)
     moderator = make_moderator(config.safety)
     stack.push_async_callback(moderator.close)
-    backends = make_backends(workspace, config)
+    backends = make_backends(workspace, config, metrics.served)
     stack.push_async_callback(backends.close)
     authenticator = stack.enter_context(
         Authenticator(store, load_secret(workspace.root), session_days=bounds.session_days)
@@ -91,7 +89,7 @@ async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, 
     await publisher.publish_folder(workspace)
     cast = Cast(store)
     await cast.refresh()
-    _watch(metrics, journal)
+    _watch(metrics, journal, moderator)
     return Hub(
         workspace=workspace, config=config, store=store, journal=journal, backends=backends, moderator=moderator,
         authenticator=authenticator, key_limits=RateLimiter(bounds.key_requests_per_minute),
@@ -100,11 +98,14 @@ async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, 
     )  # fmt: skip
 
 
-def _watch(metrics: Metrics, journal: Journal) -> None:
+def _watch(metrics: Metrics, journal: Journal, moderator: Moderator) -> None:
     metrics.watch("flywheel_journal_waiting", "requests whose rows wait for a commit", lambda: journal.waiting)
     metrics.watch("flywheel_journal_commits", "commits so far", lambda: journal.commits)
     metrics.watch("flywheel_journal_rows", "rows committed so far", lambda: journal.rows)
     metrics.watch("flywheel_journal_commit_seconds", "the last commit, fsync included", lambda: journal.commit_seconds)
+    metrics.watch("flywheel_safety_checks", "texts judged so far", lambda: moderator.checks)
+    failures = "classifiers that failed or took too long so far, so that a text was not let pass"
+    metrics.watch("flywheel_safety_failures", failures, moderator.caught.counts.total)
 
 
 async def _follow_releases(hub: Hub) -> None:
@@ -116,7 +117,7 @@ async def _follow_releases(hub: Hub) -> None:
             await hub.backends.refresh(in_use)
         except (BackendError, FlywheelError, OSError) as error:  # the model before goes on serving
             _log.error("the model now in service cannot answer: %s", error)
-            hub.metrics.model_failures.labels("in service", getattr(error, "code", "unreadable")).inc()
+            hub.metrics.not_followed.inc()
 
 
 async def _retire_daily(hub: Hub) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .guard import Served
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -24,12 +26,13 @@ class Metrics:
             "flywheel_first_chunk_seconds", "time to a stream's first text", buckets=_SECONDS, registry=self.registry
         )
         self.model_seconds = Histogram(
-            "flywheel_model_seconds", "time in the model, queue included", ["model"], buckets=_SECONDS,
+            "flywheel_model_seconds", "time in the model, queue included, by outcome: ok or why there was no reply",
+            ["model", "outcome"], buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.model_waited = Histogram(
+            "flywheel_model_waited_seconds", "time in a model's queue", ["model"], buckets=_SECONDS,
             registry=self.registry,
         )  # fmt: skip
-        self.model_failures = Counter(
-            "flywheel_model_failures", "requests that a model did not answer", ["model", "code"], registry=self.registry
-        )
         self.replies = Counter(
             "flywheel_replies", "replies by model, arm and kind", ["model", "arm", "kind"], registry=self.registry
         )
@@ -38,7 +41,16 @@ class Metrics:
         )
         self.signals = Counter("flywheel_signals", "signals by kind", ["kind"], registry=self.registry)
         self.limited = Counter("flywheel_limited", "requests told to come back later", ["why"], registry=self.registry)
+        self.not_followed = Counter(
+            "flywheel_releases_not_followed", "times that the model put in service could not answer",
+            registry=self.registry,
+        )  # fmt: skip
         self.open_streams = Gauge("flywheel_open_streams", "streams being written", registry=self.registry)
+
+    def served(self, one: Served) -> None:
+        """What a model did with a request; `Backends` tells it of each."""
+        self.model_seconds.labels(one.model, one.outcome).observe(one.seconds)
+        self.model_waited.labels(one.model).observe(one.waited_s)
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Publish a value that another part keeps, such as the journal's queue: `read()` is called at each scrape."""

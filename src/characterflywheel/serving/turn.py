@@ -84,9 +84,8 @@ async def begin(hub: Hub, request: ChatRequest, asked: Asked, key: str | None) -
     if exposure:
         await durable(earlier)
         hub.assigner.exposed(exposure)
-    verdict = await hub.moderator.check(
-        asked.utterance.content, context=asked.history[-1].content if asked.history else ""
-    )
+    context = asked.history[-1].content if asked.history else ""
+    verdict = await hub.moderator.check(asked.utterance.content, context=context, subject="prompt")
     return Turn(
         asked=asked, model=model, assigned=assigned, sampling=_sampling(hub, request),
         prompt=_prompt(hub, request, asked), refusal=None if verdict.allowed else verdict, earlier=earlier,
@@ -112,7 +111,7 @@ async def replies(hub: Hub, turn: Turn) -> list[Said]:
     """The whole replies of a turn, checked. They are not in the store yet: see `commit`."""
     if turn.refusal:
         return [_declined(turn, id) for id in turn.reply_ids]
-    with _timed(hub, turn) as span:
+    with _traced(hub, turn) as span:
         found = await _backend(hub, turn).complete(turn.prompt, turn.sampling, _seed(hub, turn), len(turn.reply_ids))
         said = [await _checked(hub, turn, id, reply) for id, reply in zip(turn.reply_ids, found, strict=True)]
         span.answered(said[0])
@@ -132,7 +131,7 @@ async def pieces(hub: Hub, turn: Turn) -> AsyncGenerator[Said, None]:
     shown, last, ending = "", Piece(""), _CANCELLED
     chunks = _backend(hub, turn).stream(turn.prompt, turn.sampling, _seed(hub, turn))
     try:
-        with _timed(hub, turn) as span:
+        with _traced(hub, turn) as span:
             context = turn.asked.utterance.content
             async with aclosing(screened(chunks, hub.moderator, context, hub.config.safety.hold)) as passing:
                 async for last in passing:
@@ -189,7 +188,7 @@ def unanswered(hub: Hub, turn: Turn, error: BackendError) -> ApiError:
     headers = {"Retry-After": f"{max(1, round(error.retry_after))}"} if isinstance(error, BackendBusy) else {}
     if isinstance(error, BackendBusy):
         hub.metrics.limited.labels("model").inc()
-    hub.metrics.model_failures.labels(turn.model, error.code).inc()
+    _log.warning("model %s did not answer: %s %s", turn.model, error.code, error.detail or "")
     return ApiError(error.status, error.code, str(error), headers=headers)
 
 
@@ -222,17 +221,13 @@ def _seed(hub: Hub, turn: Turn) -> int:
 
 
 @contextmanager
-def _timed(hub: Hub, turn: Turn) -> Iterator[Span]:
-    """A span and a measurement around the model's work."""
-    begin, place = time.monotonic(), turn.asked
-    backend = hub.config.server.backend
-    try:
-        with chat_span(
-            turn.model, backend, place.character.id, place.conversation_id, turn.sampling, turn.arm_name
-        ) as span:
-            yield span
-    finally:
-        hub.metrics.model_seconds.labels(turn.model).observe(time.monotonic() - begin)
+def _traced(hub: Hub, turn: Turn) -> Iterator[Span]:
+    """A span around the model's work."""
+    place, backend = turn.asked, hub.config.server.backend
+    with chat_span(
+        turn.model, backend, place.character.id, place.conversation_id, turn.sampling, turn.arm_name
+    ) as span:
+        yield span
 
 
 async def _checked(hub: Hub, turn: Turn, id: str, reply: Reply) -> Said:
