@@ -375,8 +375,10 @@ def forget(
     workspace = _open(folder)
     from . import erase  # noqa: PLC0415
 
+    known = {one.id for one in erase.erasures(workspace)}
     done = erase.forget(workspace, user)
-    typer.echo(done.model_dump_json(indent=1) if as_json else done.text())
+    before = "erased before: " * (done.id in known)
+    typer.echo(done.model_dump_json(indent=1) if as_json else before + done.text())
 
 
 @app.command()

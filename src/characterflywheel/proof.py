@@ -89,7 +89,7 @@ def common(store: EventStore, ids: Ids, texts: Iterable[str]) -> set[str]:
     ours = sorted({*filter(_is_no_word, ids.user | ids.conversation), *filter(_is_distinctive, texts)})
     forms = [(form, one) for one in ours for form in spellings(one)]
     scanner = Scanner(form for form, _ in forms)
-    columns = (users.c.id, conversations.c.id, messages.c.content, characters.c.record)
+    columns = (users.c.id, conversations.c.id, characters.c.record, messages.c.content, *stored.SAID)
     return {forms[hit.needle][1] for _, some in stored.texts(store, columns) for hit in scanner.hits(some)}
 
 

@@ -27,7 +27,8 @@ from .rows import microseconds
 from .schema import characters, conversations, imports, messages, publications, remembered, signals
 
 _AT_ONCE = 10_000
-_TEXTS = (schema.signals.c.text, schema.moderations.c.withheld)
+SAID = (schema.signals.c.text, schema.moderations.c.withheld)
+"""Where people's words stand, beside messages."""
 _erasing = Table("erasing", MetaData(), Column("kind", SqlText), Column("id", SqlText), prefixes=["TEMPORARY"])
 
 
@@ -240,6 +241,6 @@ def _texts(connection: Connection) -> set[str]:
         _theirs(messages), or_(messages.c.role == "user", messages.c.user_id != conversations.c.user_id)
     )  # fmt: skip
     found = set(connection.scalars(wrote))
-    for column in _TEXTS:
+    for column in SAID:
         found.update(connection.scalars(select(column).where(_theirs(column.table), column.is_not(None))))
     return found
