@@ -46,7 +46,7 @@ async def load(where: Path | str, acknowledged: Path, numbers: Iterator[int], to
         journal = Journal(store)
         journal.start()
         await journal.put(beginnings())
-        said = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        said = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
         async def client() -> None:
             for number in numbers:

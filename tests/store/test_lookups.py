@@ -1,5 +1,6 @@
 """What the chat service asks of the store, on both databases: what goes in comes out, newest decisions count."""
 
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_a_bad_row_takes_the_whole_request_with_it(store: EventStore) -> None:
     with pytest.raises(FlywheelError, match="surrogate"):
         store.append([lone])
     assert store.position() == Position(messages=2, signals=1, exposures=1)
+
+
+def test_an_error_does_not_tell_what_people_wrote(store: EventStore) -> None:
+    store.append_events(turn(1))
+    bad = turn(2).messages[0].model_copy(update={"role": "robot", "content": "my secret"})
+    with pytest.raises(FlywheelError, match="known_role") as refused:
+        store.append([bad])
+    assert "my secret" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_conversations_are_listed_newest_first_a_page_at_a_time(store: EventStore) -> None:

@@ -38,7 +38,9 @@ def connect(where: Path | str, patience_s: float) -> Engine:
     path = Path(where)
     if not path.parent.is_dir():
         raise FlywheelError(f"folder {path.parent} is missing: `flywheel init DIR` creates a workspace.")
-    engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": patience_s})
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), connect_args={"timeout": patience_s}, hide_parameters=True
+    )
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -86,10 +88,16 @@ def plain_errors(where: str) -> Iterator[None]:
         lost = isinstance(error, OperationalError) or error.connection_invalidated
         if lost or (isinstance(error, InterfaceError) and "binding" not in str(error.orig)):
             raise StoreUnavailable(
-                f"{where} does not answer ({str(error.orig).strip()}); free its disk or its lock, or start it, "
+                f"{where} does not answer ({reason(error)}); free its disk or its lock, or start it, "
                 "and do it again: what is stored already stays as it is."
             ) from error
         raise
+
+
+def reason(error: DBAPIError) -> str:
+    """What the database said, without the row it said it of: errors are logged, what people write is not."""
+    diagnosis = getattr(error.orig, "diag", None)
+    return str((diagnosis and diagnosis.message_primary) or error.orig).strip()
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
@@ -116,8 +124,9 @@ def _postgresql(address: str, patience_s: float) -> Engine:
         )
     try:
         engine = create_engine(
-            url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, connect_args={"connect_timeout": 10}
-        )
+            url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True,
+            connect_args={"connect_timeout": 10},
+        )  # fmt: skip
     except ImportError as error:
         raise FlywheelError('PostgreSQL needs psycopg: pip install "psycopg[binary]".') from error
 

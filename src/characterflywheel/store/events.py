@@ -53,7 +53,7 @@ class EventStore:
         except DatabaseError as error:
             self.close()
             raise FlywheelError(
-                f"{self.where} is not a usable event store ({error.orig}); move it away or restore it."
+                f"{self.where} is not a usable event store ({database.reason(error)}); move it away or restore it."
             ) from error
         except BaseException:
             self.close()
@@ -337,9 +337,9 @@ class EventStore:
                 return added + sum([self._insert(connection, name, given) for name, given in wanted.items()])
         except (IntegrityError, DataError, InterfaceError) as error:
             raise FlywheelError(
-                f"cannot append to {', '.join(wanted)}: {error.orig}; "
+                f"cannot append to {', '.join(wanted)}: {database.reason(error)}; "
                 "register users, characters and conversations first, and messages before their signals."
-            ) from error
+            ) from None  # the database's own error may quote the row
         except (UnicodeEncodeError, OverflowError) as error:
             raise FlywheelError(
                 f"cannot append to {', '.join(wanted)}: {error}; give text and 64-bit numbers."
