@@ -17,7 +17,8 @@ from characterflywheel.workspace import init
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions",
+    "--disable-site-isolation-trials", "--disable-features=SpareRendererForSitePerProcess",
 ]  # fmt: skip
 SERVING = r"serving .* on (http://\S+)"
 UPSTREAM = Path(__file__).parents[2] / "benchmarks" / "mock_upstream.py"
