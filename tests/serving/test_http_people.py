@@ -224,3 +224,11 @@ def test_rates_are_limited_by_user_with_a_time_to_come_back(tmp_path: Path) -> N
         text = served.client.get("/metrics").text
         assert 'flywheel_limited_total{why="user"} 2.0' in text
         assert 'flywheel_requests_total{route="/v1/chat/completions",status="200"} 4.0' in text
+
+
+def test_a_retired_character_stays_retired_over_a_restart(tmp_path: Path) -> None:
+    with service(tmp_path / "ws") as served:
+        served.client.delete("/v1/characters/baker").raise_for_status()
+    with service(tmp_path / "ws") as served:
+        assert served.client.get("/v1/characters/baker").status_code == 404
+        assert served.client.get("/v1/characters/pirate").status_code == 200

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp
@@ -24,15 +25,20 @@ from .assignment import Assigner
 from .auth import Authenticator, load_secret
 from .backends import BackendError, make_backends
 from .cast import Cast
-from .errors import add_handlers
+from .errors import ErrorBody, add_handlers
 from .hub import Hub
 from .limits import RateLimiter
 from .metrics import Metrics, Observed
-from .publication import Publisher
+from .publication import Publisher, was_checked
 from .security import BodyLimit, RequestIds, SecurityHeaders, allow_origins, believe_proxies
 
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 5.0
+_CHECK_AGAIN_SECONDS = 15.0
+_STORE_PATIENCE_SECONDS = 10.0
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "refused"}, "5XX": {"model": ErrorBody, "description": "not able to"},
+}  # fmt: skip
 _DAY_SECONDS = 86_400.0
 
 
@@ -51,12 +57,15 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
         async with AsyncExitStack() as stack:
             app.state.hub = hub = await _open(workspace, config, metrics, stack)
             opened(hub)
-            for chore in (_follow_releases(hub), _retire_daily(hub)):
+            for chore in (_follow_releases(hub), _check_again(hub), _retire_daily(hub)):
                 task = asyncio.create_task(chore)
                 stack.callback(task.cancel)
             yield
 
-    api = FastAPI(title="CharacterFlywheel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title="CharacterFlywheel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses=_ERRORS,
+    )  # fmt: skip
     add_handlers(api)
     for routes in (routes_chat, routes_people, routes_characters, routes_experiments, routes_health):
         api.include_router(routes.router)
@@ -73,7 +82,9 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
 async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, stack: AsyncExitStack) -> Hub:
     """Open every part; whatever was opened is closed again where a later one fails."""
     bounds = config.server
-    store = stack.enter_context(EventStore.open(config.store.url or workspace.database))
+    store = stack.enter_context(
+        EventStore.open(config.store.url or workspace.database, patience_s=_STORE_PATIENCE_SECONDS)
+    )
     journal = Journal(store, commit_ms=config.store.commit_ms)
     journal.start()
     stack.push_async_callback(journal.stop)
@@ -118,6 +129,17 @@ async def _follow_releases(hub: Hub) -> None:
         except (BackendError, FlywheelError, OSError) as error:  # the model before goes on serving
             _log.error("the model now in service cannot answer: %s", error)
             hub.metrics.not_followed.inc()
+
+
+async def _check_again(hub: Hub) -> None:
+    """Publish the folder's characters that safety could not check at the start, once it can."""
+    while not all(map(was_checked, (await asyncio.to_thread(hub.store.publications)).values())):
+        await asyncio.sleep(_CHECK_AGAIN_SECONDS)
+        try:
+            await hub.publisher.publish_folder(hub.workspace)
+            await hub.cast.refresh()
+        except (FlywheelError, OSError) as error:  # tried again
+            _log.error("characters could not be checked again: %s", error)
 
 
 async def _retire_daily(hub: Hub) -> None:

@@ -72,12 +72,14 @@ class Publisher:
     async def publish_folder(self, workspace: Workspace, at: datetime | None = None) -> list[Publication]:
         """Register and decide about the characters of the workspace's folder, whose files number their versions.
 
-        One that its file marks `review` or `refused` is not published. Raises FlywheelError where a file changed and
-        its version did not.
+        One that its file marks `review` or `refused` is not published, and one that was retired stays so. Raises
+        FlywheelError where a file changed and its version did not.
         """
         found = load_characters(workspace.characters).values()
         await asyncio.to_thread(self.store.add_characters, found)
-        return [await self._decided(one, "the workspace's folder", at) for one in found]
+        decided = await asyncio.to_thread(self.store.publications)
+        retired = {id for id, decision in decided.items() if decision.state == "retired"}
+        return [await self._decided(one, "the workspace's folder", at) for one in found if one.id not in retired]
 
     def decide(
         self, character: Character, decision: Literal["approved", "refused"], reason: str, by: str,
@@ -117,8 +119,7 @@ class Publisher:
         last = next((one for one in reversed(history) if one.version == character.version), None)
         if last is None or last.state == "retired":
             return None
-        again = last.state == "review" and last.reviewer == SAFETY and last.reason.startswith(_NOT_CHECKED)
-        return None if again else last
+        return last if was_checked(last) else None
 
 
 def decide(
@@ -150,6 +151,11 @@ def _keep(
     )  # fmt: skip
     store.publish(decision)
     return decision
+
+
+def was_checked(decision: Publication) -> bool:
+    """Whether somebody could judge: safety that failed leaves a character to be checked again."""
+    return not (decision.state == "review" and decision.reviewer == SAFETY and decision.reason.startswith(_NOT_CHECKED))
 
 
 def same_content(one: Character, other: Character) -> bool:
