@@ -8,12 +8,13 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 
-import erasure_fixture as made
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
+import erasure_fixture as made
 from characterflywheel import cli, erase, tables
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import Dropped, User
@@ -24,13 +25,13 @@ ANNA, BOB = "anna-1990@example.org", "bob-1984@example.org"
 SECRET = "My grandmother kept bees behind the lighthouse."
 OTHER = "Nobody else has ever seen my collection of kites."
 SAID = {ANNA: [SECRET, "yes", f"{SECRET} She did!", "I was born in Aix, in 1990, on a Sunday."], BOB: [OTHER, "yes"]}
-IDS = (ANNA, "1", "user", "mo", "an\"na\\ <b>é</b>", "annalongname", f"{BOB}x", "Ω≈ç√∫˜µ≤≥12")
+IDS = (ANNA, "1", "user", "mo", 'an"na\\ <b>é</b>', "annalongname", f"{BOB}x", "Ω≈ç√∫˜µ≤≥12")
 TEXTS = st.lists(st.sampled_from([SECRET, OTHER, "yes", f"{OTHER} {SECRET}"]) | st.text(max_size=60), max_size=4)
 
 
 def equal_but_for_erasures(left: Workspace, never: Workspace) -> None:
     """Every table, file kept aside and row of the store is the same in both."""
-    assert made.rows(left.root) == made.rows(never.root)
+    assert _people(left) == _people(never)
     assert made.stored(left) == made.stored(never)
     for name in ("old-12345678.rejected", "old-12345678.errors.txt"):
         ours, theirs = ((space.rejected / name).read_text("utf-8") for space in (left, never))
@@ -38,9 +39,14 @@ def equal_but_for_erasures(left: Workspace, never: Workspace) -> None:
         assert ours == theirs or name.endswith(".txt")
 
 
+def _people(space: Workspace) -> dict[str, object]:
+    """Every table that has rows; characters are nobody's."""
+    return {name: rows for name, rows in made.rows(space.root).items() if rows and "characters" not in name}
+
+
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(user=st.sampled_from(IDS), theirs=TEXTS, others=TEXTS)
-@example(user="an\"na\\ <b>é</b>", theirs=['He said: "no", <b>never</b> \\ ever\n\n& left\ttown'], others=["yes"])
+@example(user='an"na\\ <b>é</b>', theirs=['He said: "no", <b>never</b> \\ ever\n\n& left\ttown'], others=["yes"])
 @example(user="user", theirs=[SECRET], others=[f"You know: {SECRET}", "user"])
 def test_a_workspace_is_as_if_the_user_had_never_come(user: str, theirs: list[str], others: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +182,7 @@ def test_a_service_goes_on_reading_and_writing(tmp_path: Path) -> None:
                     made.speak(store, f"guest-{len(written)}", ["Good evening, is anybody at home in here?"], made.NOW)
                     store.conversations_of(f"guest-{len(written)}", 10)
                     written.append(1)
-                except Exception as error:  # noqa: BLE001 - told to the test
+                except Exception as error:  # told to the test
                     wrong.append(error)
                     return
 
@@ -264,9 +270,12 @@ def test_both_databases_forget(where: Path | str, tmp_path: Path) -> None:
     assert {len(kept[name]) for name in ("conversations", "signals", "tips")} == {2}
     if never:
         equal_but_for_erasures(space, never)
-    with EventStore.open(where if url else space.database) as store, pytest.raises(Exception, match="append-only"):
-        with store.write() as connection:
-            connection.exec_driver_sql("DELETE FROM messages")
+    with (
+        EventStore.open(where if url else space.database) as store,
+        pytest.raises(IntegrityError, match="append-only"),
+        store.write() as connection,
+    ):
+        connection.exec_driver_sql("DELETE FROM messages")
 
 
 def test_conversations_that_nobody_touches_are_erased_everywhere(where: Path | str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -203,3 +204,23 @@ def test_the_next_generation_starts_from_what_is_in_service(undisturbed: Path, t
     assert parent_of(space, space.config(), 1).name == "base"
     assert flywheel("rollback", folder, "--reason", "test").stdout == "in service: the base model\n"
     assert parent_of(space, space.config(), 2).name == "base"
+
+
+@pytest.mark.slow
+def test_a_user_is_forgotten_in_a_whole_generation_and_nothing_is_made_again(undisturbed: Path, tmp_path: Path) -> None:
+    """One user of each split, each followed to the end; the report is written anew, and a run finds all complete."""
+    folder = tmp_path / "w"
+    shutil.copytree(undisturbed, folder)
+    (prompts,) = (folder / "artifacts").glob("curate-*/prompts.parquet")
+    by_split = {row["split"]: row for row in pq.read_table(prompts).to_pylist()}
+    for split, row in by_split.items():
+        done = flywheel("forget", folder, row["user_id"])
+        print(split, done.stdout)
+        assert done.returncode == 0, done.stderr
+        assert ": not found" in done.stdout
+        assert ("cannot be unlearnt" in done.stdout) == (split in ("annotate", "train"))
+        left = [p for p in folder.rglob("*") if p.is_file() and row["user_id"].encode() in p.read_bytes()]
+        assert left == []
+    assert "to do" not in flywheel("run", folder, "--plan").stdout
+    assert flywheel("run", folder).returncode == 0
+    assert outputs(folder).keys() == outputs(undisturbed).keys()

@@ -159,3 +159,20 @@ def test_the_doctor_finds_this_machine_fit_and_names_what_is_missing(
 def test_the_doctor_counts_cores_as_the_configuration_uses_them() -> None:
     assert doctor.cores(10_000).state == "note"
     assert "set models.threads" in doctor.cores(10_000).remedy
+
+
+@pytest.mark.parametrize(("limit", "told"), [(40_000, "does not answer"), (0, "File too large")])
+def test_a_full_disk_is_one_sentence(limit: int, told: str, workspace: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; SQLite meets it in its own way, everything else as OSError."""
+    line = '{"messages": [{"role": "user", "content": "Hello there, how are you?"}]}\n'
+    (tmp_path / "chats.jsonl").write_text(line * 2000)
+    command = ["import", workspace, tmp_path / "chats.jsonl"] if limit else ["init", tmp_path / "new"]
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"from characterflywheel.cli import main\nmain({[str(word) for word in command]!r})"
+    )
+    run = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    assert told in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stderr.strip().count("\n") == 0
