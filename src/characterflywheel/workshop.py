@@ -8,11 +8,12 @@ import json
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from . import ledger, tables
 from .annotation.candidates import RewritePolicy
 from .annotation.stage import AnnotateSummary, annotate
-from .characters import load_characters, roster
+from .characters import load_characters, roster, system_prompt
 from .config import FlywheelConfig
 from .curation.stage import CurateSummary, curate
 from .errors import FlywheelError, Waiting
@@ -45,6 +46,7 @@ from .workspace import Workspace
 
 WORLD_BEGINS = datetime(2026, 1, 5, tzinfo=UTC)
 WEEK = timedelta(days=7)
+_TEMPLATE_TOKENS = 48  # the chat template around a system prompt, and the 16 tokens that a conversation needs
 BACKENDS: dict[str, type[NativeModel | CTranslate2Model]] = {"native": NativeModel, "ctranslate2": CTranslate2Model}
 
 
@@ -155,7 +157,33 @@ class Workshop:
     @cached_property
     def known_characters(self) -> dict[str, Character]:
         """Those that may be talked to, and every other that has been: retired, or brought along by an import."""
-        return self.store.characters() | roster(self.folder_characters, self.store)
+        known = self.store.characters() | roster(self.folder_characters, self.store)
+        return {id: one for id, one in known.items() if self._fits(one)}
+
+    def _fits(self, character: Character) -> bool:
+        """Whether prompts of every stage have room for a character's card; one person's long card stops no generation.
+
+        The conversations of one that does not fit are left out like those of an unknown character.
+        """
+        if character.card is None:
+            return True
+        room = min(
+            stage.max_prompt_tokens
+            for stage in (self.config.models, self.config.reward, self.config.sft, self.config.dpo, self.config.rl)
+        )
+        tokens = len(self.tokenizer(system_prompt(character))["input_ids"]) + _TEMPLATE_TOKENS
+        if tokens > room:
+            announce(
+                "characters",
+                f"{character.id} is left out: its card has {tokens} tokens, the smallest max_prompt_tokens is {room}",
+            )
+        return tokens <= room
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer  # noqa: PLC0415
+
+        return AutoTokenizer.from_pretrained(self.parent_folder)
 
     @cached_property
     def characters_identity(self) -> str:
@@ -224,7 +252,7 @@ class Workshop:
         service = ChatService(
             self.store, {self.parent.name: self.parent_model}, self.parent.name, self.safety, sampling, work.seed
         )
-        approved = [c for c in self.characters.values() if c.safety == "approved"]
+        approved = [c for c in self.characters.values() if c.safety == "approved" and self._fits(c)]
         self.people.talk(service, approved, self.number, starts)
         until = self.store.position()
         if until.messages <= after.messages:  # less where the newest rows were erased
