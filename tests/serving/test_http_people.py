@@ -1,5 +1,6 @@
 """Feedback, conversations, consent, sessions, characters, reviews and experiments over the real routes."""
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 from http_service import Service, service
+
+from characterflywheel.serving.keys import create_key
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +235,9 @@ def test_a_retired_character_stays_retired_over_a_restart(tmp_path: Path) -> Non
     with service(tmp_path / "ws") as served:
         assert served.client.get("/v1/characters/baker").status_code == 404
         assert served.client.get("/v1/characters/pirate").status_code == 200
+
+
+def test_a_key_works_as_soon_as_it_is_made(served: Service) -> None:
+    time.sleep(0.3)
+    _, key = create_key(served.store, "just made", ("chat",))
+    assert served.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200

@@ -111,7 +111,6 @@ def test_an_experiment_takes_its_users_and_stops(running: Service, tmp_path: Pat
     assert client.post("/v1/experiments", json={"name": "e1", "arms": arms}).status_code == 400
 
 
-@pytest.mark.xfail(strict=True, reason="turn.begin asks the clock again: the exposure is later than what was said")
 def test_the_message_that_exposes_a_user_belongs_to_the_window(running: Service, tmp_path: Path) -> None:
     arms = {"control": {"model": "echo", "share": 0.5}, "treatment": {"model": "echo", "share": 0.5}}
     assert running.client.post("/v1/experiments", json={"name": "e2", "arms": arms}).status_code == 201

@@ -88,10 +88,7 @@ class Backends:
         stamp = _stamp(self._workspace)
         if stamp != self._stamp:
             before = self._known
-            try:
-                after = await asyncio.to_thread(_known, self._workspace, self._config)
-            except FlywheelError as error:
-                raise BackendError(str(error), status=503, code="registry", blames_backend=False) from error
+            after = await asyncio.to_thread(self._read)
             moved = {name for name in self._open if after.folders.get(name) != before.folders.get(name)}
             self._known = after._replace(default=before.default)
             new, present = after.default, self._open.get(after.default)
@@ -114,6 +111,12 @@ class Backends:
         if self._worker:
             await asyncio.to_thread(self._worker.stop)
 
+    def _read(self) -> _Known:
+        try:
+            return _known(self._workspace, self._config)
+        except FlywheelError as error:
+            raise BackendError(str(error), status=503, code="registry", blames_backend=False) from error
+
     async def _let_go(self, names: Collection[str]) -> None:
         for name in names:
             await self._open.pop(name).close()
@@ -133,6 +136,8 @@ class Backends:
 
             self._upstream = self._upstream or Upstream.from_config(server)
             return Endpoint(name, self._upstream)
+        if name not in self._known.folders:  # perhaps an experiment offered it since the last look
+            self._known = self._known._replace(folders=self._read().folders)
         if name not in self._known.folders:
             raise BackendError(
                 f"model {name!r} is in neither registry nor ledger; there are {', '.join(self._known.folders)}: "

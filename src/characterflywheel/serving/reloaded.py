@@ -40,6 +40,11 @@ class Reloaded(Generic[T]):
         """Seconds since the value was read."""
         return self._clock() - self._loaded
 
+    @property
+    def since_tried(self) -> float:
+        """Seconds since reading it was last tried."""
+        return self._clock() - self._tried
+
     def reload(self) -> None:
         """Read the value now. A boundary: where that fails the last value stays, and the failure is in the log."""
         self._tried = begun = self._clock()

@@ -70,6 +70,8 @@ async def change(name: str, body: ExperimentChange, hub: Shared, principal: Expe
     changed = await asyncio.to_thread(running.find, hub.store, name)
     if body.shares:
         changed = await asyncio.to_thread(running.ramp, hub.store, name, body.shares, hub.clock())
+    if body.state == "running":
+        changed = await asyncio.to_thread(running.running, hub.store, name)
     if body.state == "stopped":
         changed = await asyncio.to_thread(running.stop, hub.store, name, hub.clock())
     await _reload(hub)
