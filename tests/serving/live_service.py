@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import servers
 
+BENCHMARKS = Path(servers.__file__).parent
+
 
 @dataclass(frozen=True)
 class Live:

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from live_service import servers
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "nothing_lost.py"
+from live_service import BENCHMARKS, servers
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
@@ -17,7 +15,16 @@ def test_nothing_acknowledged_over_http_is_lost_or_doubled(tmp_path: Path, datab
     if database == "postgresql" and not servers.has_postgres():
         pytest.skip("PostgreSQL's programs (initdb, pg_ctl) are not on this machine")
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--kills", str(kills), "--database", database]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(BENCHMARKS / "nothing_lost.py"),
+        "--kills",
+        str(kills),
+        "--database",
+        database,
+    ]
     done = subprocess.run([*command, "--json", str(figures)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(figures.read_text(encoding="utf-8"))
