@@ -70,6 +70,7 @@ class ServerConfig(Section):
     max_prompt_tokens: int = Field(2048, ge=64, description="longer prompts lose examples, then their oldest turns")
     key_requests_per_minute: int = Field(60_000, ge=1)
     user_requests_per_minute: int = Field(600, ge=1)
+    consent: bool = Field(True, description="whether new users' words may train models until they say otherwise")
     web: bool = Field(True, description="serve the chat page, with an anonymous session for each visitor")
     session_days: int = Field(30, ge=1)
     cors_origins: tuple[str, ...] = ()

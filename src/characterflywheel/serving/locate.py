@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..ids import derive_id, uuid7
 from ..records import Character, ChatMessage, Conversation, Message, User
 from ..service_records import Events
+from .durable import durable, put
 from .errors import ApiError, not_found
 from .hub import Hub
 from .paths import digest, path, said
@@ -64,6 +65,9 @@ async def _onward(
     """
     assert request.flywheel_conversation
     conversation = await own_conversation(hub, request.flywheel_conversation, user)
+    if request.flywheel_parent and all(message.id != request.flywheel_parent for message in conversation.messages):
+        await durable(put(hub, Events()))  # a reply that was just broken off may still be on its way to the store
+        conversation = await own_conversation(hub, request.flywheel_conversation, user)
     character = await _its_character(hub, conversation, character)
     text, id = request.messages[-1].text, derive_id("utterance", key) if key else None
     known = next((message for message in conversation.messages if message.id == id), None)

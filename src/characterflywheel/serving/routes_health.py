@@ -63,7 +63,7 @@ async def session(request: Request, hub: Shared, response: Response) -> MeView:
         response.headers["set-cookie"] = cookie
     assert principal.user_id
     user = await asyncio.to_thread(hub.store.user, principal.user_id)
-    return MeView(id=principal.user_id, consent=user.consent if user else True)
+    return MeView(id=principal.user_id, consent=user.consent if user else hub.config.server.consent)
 
 
 async def _asked(part: Callable[[], Awaitable[None]]) -> str:

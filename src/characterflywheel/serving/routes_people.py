@@ -9,6 +9,7 @@ from ..cards import greetings
 from ..ids import derive_id, uuid7
 from ..records import Character, Conversation, Message, SignalKind
 from ..service_records import Events, Remembered
+from .durable import durable, put
 from .errors import ApiError, not_found
 from .feedback import FeedbackRequest, body_digest, signal_of
 from .hub import Hub
@@ -23,7 +24,6 @@ from .schemas import (
     MessageView,
     MeView,
 )  # fmt: skip
-from .turn import durable, put
 from .who import Chatting, Shared, key_of, user_of
 
 router = APIRouter(tags=["people"])
@@ -147,11 +147,16 @@ def _view(
             MessageView(
                 id=one.id, role=one.role, content=one.content, parent_id=one.parent_id, fallback=one.fallback,
                 finish=one.finish, created_at=one.created_at.astimezone(UTC), current=one.id in current,
-                signals=tuple(dict.fromkeys((signals or {}).get(one.id, []))),
+                signals=_newest_last((signals or {}).get(one.id, [])),
             )
             for one in conversation.messages
         ),
     )  # fmt: skip
+
+
+def _newest_last(kinds: list[SignalKind]) -> tuple[SignalKind, ...]:
+    """Each kind once, in the order in which they were given last."""
+    return tuple(reversed(dict.fromkeys(reversed(kinds))))
 
 
 async def _character(hub: Hub, conversation: Conversation) -> Character | None:

@@ -171,7 +171,7 @@ class MessageView(Record):
     finish: Finish | None
     created_at: datetime
     current: bool = Field(description="whether it is on the path that the conversation goes on from")
-    signals: tuple[SignalKind, ...] = ()
+    signals: tuple[SignalKind, ...] = Field((), description="each kind once, the one given last at the end")
 
 
 class ConversationView(Record):

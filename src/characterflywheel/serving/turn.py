@@ -20,11 +20,11 @@ from ..records import ChatMessage, Finish, Message, Signal
 from ..safety import SafetyVerdict
 from ..safety.moderator import Piece, screened
 from ..service_records import Events, Moderation, Remembered, Tip
-from ..store.database import StoreUnavailable
 from ..store.journal import JournalFull
 from .assignment import Assigned
 from .backends import Backend, BackendBusy, BackendError, Reply
 from .chat import LOST, decline
+from .durable import durable, put
 from .errors import ApiError
 from .hub import Hub
 from .locate import Asked
@@ -166,23 +166,6 @@ async def commit(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered 
         hub.metrics.replies.labels(turn.model, turn.arm_name, kind).inc()
         for category in one.verdict.categories if one.verdict else ():
             hub.metrics.refused.labels("prompt" if turn.refusal else "reply", category).inc()
-
-
-def put(hub: Hub, events: Events) -> asyncio.Future[None]:
-    """Hand events to the journal; too many waiting is an answer of 429."""
-    try:
-        return hub.journal.put(events)
-    except JournalFull as error:
-        hub.metrics.limited.labels("store").inc()
-        raise ApiError(429, "store_busy", str(error), headers={"Retry-After": "1"}) from error
-
-
-async def durable(future: asyncio.Future[None]) -> None:
-    """Wait until the store has it; a client that leaves does not undo what was begun."""
-    try:
-        await asyncio.shield(future)
-    except StoreUnavailable as error:
-        raise ApiError(503, "store_unavailable", str(error), headers={"Retry-After": "2"}) from error
 
 
 def unanswered(hub: Hub, turn: Turn, error: BackendError) -> ApiError:

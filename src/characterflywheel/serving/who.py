@@ -59,7 +59,9 @@ async def user_of(hub: Hub, request: Request, principal: Principal, named: str |
     recent = hub.users.get(id)
     if recent is not None and now - recent[1] < _REMEMBER_SECONDS:
         return recent[0]
-    user = await asyncio.to_thread(hub.store.user, id) or User(id=id, population="user", created_at=hub.clock())
+    user = await asyncio.to_thread(hub.store.user, id) or User(
+        id=id, population="user", consent=hub.config.server.consent, created_at=hub.clock()
+    )  # fmt: skip
     if len(hub.users) >= _REMEMBER_USERS:
         hub.users.clear()
     hub.users[id] = (user, now)
