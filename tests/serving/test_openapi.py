@@ -24,13 +24,14 @@ EXAMPLES = 15
 
 def known_things(base: str, session: requests.Session) -> dict[str, Any]:
     """Ids that exist, by the names that parameters and fields have: without them nearly every request ends at a 404."""
-    body = {"model": "poet", "messages": [{"role": "user", "content": "hello"}], "user": "sam"}
+    body = {"model": "poet", "messages": [{"role": "user", "content": "hello"}]}
     answer = session.post(f"{base}/v1/chat/completions", json=body, timeout=20).json()
     return {
         "conversations": {"id": answer["flywheel_conversation"]}, "characters": {"id": "ghost"},
         "reviews": {"character_id": "ghost"}, "models": {"id": "pirate"}, "model": "pirate", "character": "pirate",
         "message_id": answer["id"], "reply_id": answer["id"], "trace_id": answer["id"], "id": answer["id"],
-        "user": "sam", "flywheel_conversation": None, "flywheel_regenerate": None, "flywheel_parent": None,
+        "user": None, "messages": body["messages"], "greeting": 0,
+        "flywheel_conversation": None, "flywheel_regenerate": None, "flywheel_parent": None,
     }  # fmt: skip
 
 
