@@ -90,17 +90,17 @@ def build(root: Path, said: Mapping[str, Sequence[str]], where: str | None = Non
 def speak(store: EventStore, user: str, texts: Sequence[str], at: datetime) -> None:
     """What the chat service would store of these texts."""
     key = ids.derive_id("key", user, at=at)
-    store.append_events(
+    happened = [
         Events(
             users=(User(id=user, population="user", created_at=at),),
             exposures=(Exposure(id=ids.derive_id("e", user), experiment="x", arm="a", user_id=user, created_at=at),),
         )
-    )
+    ]
     store.add_key(ApiKey(id=key, name="own", digest=key, scopes=("chat",), user_id=user, created_at=at))
     for number, text in enumerate(texts):
         talk = ids.derive_id("conversation", user, number, at=at)
         first, second = (ids.derive_id("message", talk, n, at=at) for n in range(2))
-        store.append_events(
+        happened.append(
             Events(
                 conversations=(
                     Conversation(id=talk, user_id=user, character_id="mo", character_version=1, source="user",
@@ -126,6 +126,7 @@ def speak(store: EventStore, user: str, texts: Sequence[str], at: datetime) -> N
                 ),
             )
         )  # fmt: skip
+    store.append_all(happened)
 
 
 def derive(space: Workspace, folders: Mapping[str, Path], split: str) -> None:
