@@ -65,6 +65,7 @@ class ServerConfig(Section):
     concurrent: int = Field(64, ge=1, description="replies that a model writes at once")
     waiting: int = Field(256, ge=0, description="requests that may wait for a model; more are told to come back (429)")
     max_body_bytes: int = Field(1_048_576, ge=1024)
+    max_card_bytes: int = Field(8_388_608, ge=1024, description="of a character, whose card may be a picture")
     max_messages: int = Field(400, ge=1, description="messages of one request")
     max_message_chars: int = Field(16_000, ge=1)
     max_prompt_tokens: int = Field(2048, ge=64, description="longer prompts lose examples, then their oldest turns")

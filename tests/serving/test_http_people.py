@@ -169,6 +169,10 @@ def test_a_card_comes_back_as_it_went(served: Service, version: str) -> None:
     served.client.delete(f"/v1/characters/{id}")
     again = served.client.put(f"/v1/characters/{id}", content=picture.content, headers={"Content-Type": "image/png"})
     assert again.json()["in_service"] is not None, again.text
+    shown = served.client.get(f"/v1/characters/{id}").json()["picture"]
+    assert served.client.get(shown).content.startswith(b"\x89PNG")
+    assert served.client.get("/v1/characters/pirate").json()["picture"] is None
+    assert served.client.get("/v1/characters/pirate/picture").status_code == 404
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"id": "x"}', b'{"spec": "chara_card_v2"}', b'{"data": 3}'])

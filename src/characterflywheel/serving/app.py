@@ -35,6 +35,7 @@ from .security import BodyLimit, RequestIds, SecurityHeaders, allow_origins, bel
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 5.0
 _CHECK_AGAIN_SECONDS = 15.0
+_FOLD_SECONDS = 2.0
 _STORE_PATIENCE_SECONDS = 10.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "refused"}, "5XX": {"model": ErrorBody, "description": "not able to"},
@@ -57,7 +58,7 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
         async with AsyncExitStack() as stack:
             app.state.hub = hub = await _open(workspace, config, metrics, stack)
             opened(hub)
-            for chore in (_follow_releases(hub), _check_again(hub), _retire_daily(hub)):
+            for chore in (_follow_releases(hub), _fold_log(hub), _check_again(hub), _retire_daily(hub)):
                 task = asyncio.create_task(chore)
                 stack.callback(task.cancel)
             yield
@@ -73,7 +74,7 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
         from ..web import routes as pages  # noqa: PLC0415
 
         api.router.routes.extend(pages())
-    app: ASGIApp = BodyLimit(api, bounds.max_body_bytes)
+    app: ASGIApp = BodyLimit(api, bounds.max_body_bytes, {"/v1/characters": bounds.max_card_bytes})
     app = Observed(app, metrics)
     app = allow_origins(app, bounds.cors_origins)
     return RequestIds(believe_proxies(SecurityHeaders(app), bounds.trusted_proxies))
@@ -83,7 +84,7 @@ async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, 
     """Open every part; whatever was opened is closed again where a later one fails."""
     bounds = config.server
     store = stack.enter_context(
-        EventStore.open(config.store.url or workspace.database, patience_s=_STORE_PATIENCE_SECONDS)
+        EventStore.open(config.store.url or workspace.database, patience_s=_STORE_PATIENCE_SECONDS, folds_log=False)
     )
     journal = Journal(store, commit_ms=config.store.commit_ms)
     journal.start()
@@ -129,6 +130,16 @@ async def _follow_releases(hub: Hub) -> None:
         except (BackendError, FlywheelError, OSError) as error:  # the model before goes on serving
             _log.error("the model now in service cannot answer: %s", error)
             hub.metrics.not_followed.inc()
+
+
+async def _fold_log(hub: Hub) -> None:
+    """Keep SQLite's log short, beside the commits rather than within them."""
+    while True:
+        await asyncio.sleep(_FOLD_SECONDS)
+        try:
+            await asyncio.to_thread(hub.store.fold_log)
+        except (FlywheelError, OSError) as error:  # the log grows until it works again
+            _log.error("the store's log could not be folded: %s", error)
 
 
 async def _check_again(hub: Hub) -> None:

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
+from ..cards import PromptTooLongError
 from ..errors import FlywheelError
 from ..records import Record
 
@@ -76,7 +77,8 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, code, str(error.detail), headers=error.headers).response()
 
     async def remedy(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(400, "invalid_request", str(error)).response()
+        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else "invalid_request"
+        return ApiError(400, code, str(error)).response()
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -10,7 +10,7 @@ import math
 from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..ids import derive_id
 from ..records import Signal, SignalKind
@@ -41,6 +41,13 @@ class FeedbackRequest(BaseModel):
     text: Annotated[str, Field(max_length=16_000)] | None = Field(None, description="also read as comment or reason")
     user: UserId | None = None
     at: datetime | None = None
+
+    @field_validator("text", "value")
+    @classmethod
+    def _without_nul(cls, given: float | bool | str | None) -> float | bool | str | None:
+        if isinstance(given, str) and "\0" in given:
+            raise ValueError("a text must not hold the character NUL")
+        return given
 
     @model_validator(mode="before")
     @classmethod

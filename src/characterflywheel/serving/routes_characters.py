@@ -5,12 +5,16 @@ Safety runs at creation and at every change and fails closed (PAPER section 9): 
 
 import asyncio
 import json
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field, ValidationError
 
 from ..cards import card_of, character_of, greetings, read_png, write_png
+from ..cards.card import read_json
+from ..cards.png import picture_of
+from ..ids import uuid7
 from ..records import Character, Record
 from ..service_records import Publication, PublicationState
 from .errors import ApiError, not_found
@@ -40,6 +44,7 @@ class CharacterView(Record):
     category: str
     traits: tuple[str, ...]
     greetings: tuple[str, ...]
+    picture: str | None = Field(None, description="address of its picture on this service")
 
 
 class CharacterList(Record):
@@ -55,6 +60,13 @@ class CharacterState(Record):
     state: PublicationState | Literal["unpublished"]
     reason: str
     in_service: int | None = Field(description="the version that people talk to; None where there is none")
+
+
+class Made(NamedTuple):
+    """What a request's body holds: a character and, where it came as a PNG, its picture without the card."""
+
+    character: Character
+    picture: bytes | None = None
 
 
 class VersionList(Record):
@@ -81,7 +93,7 @@ class ReviewRequest(Body):
 @router.get("/v1/characters")
 async def characters(hub: Shared, principal: Chatting) -> CharacterList:
     """The characters that can be talked to."""
-    return CharacterList(data=tuple(map(_view, (await hub.cast.approved()).values())))
+    return CharacterList(data=tuple(_view(hub, one) for one in (await hub.cast.approved()).values()))
 
 
 @router.get("/v1/characters/{id}")
@@ -90,15 +102,27 @@ async def character(id: str, hub: Shared, principal: Chatting) -> CharacterView:
     found = await hub.cast.get(id)
     if found is None:
         raise not_found("character", id)
-    return _view(found)
+    return _view(hub, found)
+
+
+@router.get("/v1/characters/{id}/picture", response_class=Response, responses={200: {"content": {"image/png": {}}}})
+async def picture(id: str, hub: Shared, principal: Chatting) -> Response:
+    """The picture of a character that can be talked to."""
+    path = _picture(hub, id)
+    if await hub.cast.get(id) is None or not path.is_file():
+        raise not_found("picture", id)
+    return Response(
+        await asyncio.to_thread(path.read_bytes), 200, {"Cache-Control": "private, max-age=300"}, "image/png"
+    )
 
 
 @router.post("/v1/characters", status_code=201, openapi_extra=_BODY)
 async def create(request: Request, hub: Shared, principal: Creating) -> CharacterState:
     """Submit a character. It is published if safety finds nothing, else a person decides."""
     made = await _read(request, None)
-    if await asyncio.to_thread(hub.store.character, made.id) is not None:
-        raise ApiError(409, "character_exists", f"Character {made.id!r} exists: change it with PUT.", "id")
+    id = made.character.id
+    if await asyncio.to_thread(hub.store.character, id) is not None:
+        raise ApiError(409, "character_exists", f"Character {id!r} exists: change it with PUT.", "id")
     return await _submit(hub, made, principal.id)
 
 
@@ -139,7 +163,9 @@ async def card(
     """The newest version as a character card."""
     found = await _newest(hub, id)
     if form == "png":
-        return Response(await asyncio.to_thread(write_png, found, None), media_type="image/png")
+        path = _picture(hub, id)
+        kept = await asyncio.to_thread(path.read_bytes) if path.is_file() else None
+        return Response(await asyncio.to_thread(write_png, found, kept), media_type="image/png")
     return Response(json.dumps(card_of(found, version), ensure_ascii=False), media_type="application/json")
 
 
@@ -164,30 +190,39 @@ async def review(character_id: str, body: ReviewRequest, hub: Shared, principal:
     return await _state(hub, character_id)
 
 
-async def _submit(hub: Hub, made: Character, by: str) -> CharacterState:
-    await hub.publisher.submit(made, by, hub.clock())
+async def _submit(hub: Hub, made: Made, by: str) -> CharacterState:
+    """A character's picture is shown once the version that brings it is approved."""
+    decision = await hub.publisher.submit(made.character, by, hub.clock())
+    if made.picture and decision.state == "approved":
+        await asyncio.to_thread(_keep, _picture(hub, made.character.id), made.picture)
     await hub.cast.refresh()
-    return await _state(hub, made.id)
+    return await _state(hub, made.character.id)
 
 
-async def _read(request: Request, id: str | None) -> Character:
+def _picture(hub: Hub, id: str) -> Path:
+    return hub.workspace.pictures / f"{id}.png"
+
+
+def _keep(path: Path, picture: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    draft = path.with_suffix(f".{uuid7()}.part")
+    draft.write_bytes(picture)
+    draft.replace(path)
+
+
+async def _read(request: Request, id: str | None) -> Made:
     """The character in a request's body: a PNG card, a card's JSON, or our record."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     raw = await request.body()
     if kind == "image/png":
-        return await asyncio.to_thread(lambda: character_of(read_png(raw), id))
+        return await asyncio.to_thread(lambda: Made(character_of(read_png(raw), id), picture_of(raw)))
     if kind not in ("application/json", ""):
         raise ApiError(415, "unsupported_type", f"Content-Type {kind!r}: send application/json or image/png.")
-    try:
-        values = json.loads(raw)
-    except ValueError as error:
-        raise ApiError(400, "invalid_json", f"The body is not JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ApiError(422, "invalid_request", "The body must be a JSON object: our record or a character card.")
+    values = read_json(raw)
     if "spec" in values or "data" in values or "first_mes" in values:
-        return character_of(values, id)
+        return Made(character_of(values, id))
     try:
-        return Character.model_validate(values | ({"id": id} if id else {}) | {"safety": "review"})
+        return Made(Character.model_validate(values | ({"id": id} if id else {}) | {"safety": "approved"}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "character"
@@ -211,8 +246,9 @@ async def _state(hub: Hub, id: str) -> CharacterState:
     )  # fmt: skip
 
 
-def _view(one: Character) -> CharacterView:
+def _view(hub: Hub, one: Character) -> CharacterView:
+    picture = f"/v1/characters/{one.id}/picture" if _picture(hub, one.id).is_file() else None
     return CharacterView(
         id=one.id, version=one.version, name=one.name, category=one.category, traits=one.traits,
-        greetings=greetings(one),
+        greetings=greetings(one), picture=picture,
     )  # fmt: skip

@@ -64,6 +64,8 @@ class ChatRequest(Request):
     def _ends_with_the_user(cls, messages: tuple[InputMessage, ...]) -> tuple[InputMessage, ...]:
         if messages[-1].role != "user" or not messages[-1].text.strip():
             raise ValueError("the last message must be the user's and must not be empty")
+        if any("\0" in message.text for message in messages):
+            raise ValueError("a message must not hold the character NUL")
         return messages
 
 

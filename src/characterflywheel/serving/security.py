@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from urllib.parse import urlsplit
 
@@ -49,19 +49,23 @@ _SECRETS = re.compile(
 
 
 class BodyLimit:
-    """Refuses bodies above `most` bytes with 413: by Content-Length before anything is read, else as they come."""
+    """Refuses bodies above `most` bytes with 413: by Content-Length before anything is read, else as they come.
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-        self._answer = _error(413, "body_too_large", f"The body has more than {most} bytes.")
+    `larger` gives paths that begin so another bound.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, larger: Mapping[str, int] | None = None) -> None:
+        self.app, self.most, self.larger = app, most, dict(larger or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        path = scope["path"]
+        most = next((bound for begin, bound in self.larger.items() if path.startswith(begin)), self.most)
         said = next((value for name, value in scope["headers"] if name == b"content-length"), None)
-        if said is not None and (not said.isdigit() or int(said) > self.most):
-            await self._refuse(send)
+        if said is not None and (not said.isdigit() or int(said) > most):
+            await _refuse(send, most)
             return
         read, over, begun = 0, False, False
 
@@ -70,7 +74,7 @@ class BodyLimit:
             message = await receive()
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
-                if read > self.most:
+                if read > most:
                     over = True
                     return {
                         "type": "http.disconnect"
@@ -90,11 +94,12 @@ class BodyLimit:
             if not over or begun:
                 raise
         if over and not begun:
-            await self._refuse(send)
+            await _refuse(send, most)
 
-    async def _refuse(self, send: Send) -> None:
-        for message in self._answer:
-            await send(message)
+
+async def _refuse(send: Send, most: int) -> None:
+    for message in _error(413, "body_too_large", f"The body has more than {most} bytes."):
+        await send(message)
 
 
 class SecurityHeaders:

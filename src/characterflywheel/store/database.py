@@ -31,8 +31,11 @@ class StoreUnavailable(FlywheelError):  # noqa: N818 - a state, not a mistake
     """The database is locked, full or gone. What was being written may be written again: rows are known by their id."""
 
 
-def connect(where: Path | str, patience_s: float) -> Engine:
-    """An engine for a SQLite file or a `postgresql://` address; waits up to `patience_s` for the database's locks."""
+def connect(where: Path | str, patience_s: float, folds_log: bool = True) -> Engine:
+    """An engine for a SQLite file or a `postgresql://` address; waits up to `patience_s` for the database's locks.
+
+    `folds_log`: commits fold SQLite's log into its file now and then; else somebody must call `fold_log`.
+    """
     if isinstance(where, str) and "://" in where:
         return _postgresql(where, patience_s)
     path = Path(where)
@@ -42,8 +45,17 @@ def connect(where: Path | str, patience_s: float) -> Engine:
         URL.create("sqlite", database=str(path)), connect_args={"timeout": patience_s}, hide_parameters=True
     )
     event.listen(engine, "connect", _set_up_sqlite)
+    if not folds_log:
+        event.listen(engine, "connect", lambda opened, _: opened.execute("PRAGMA wal_autocheckpoint=0"))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def fold_log(engine: Engine) -> None:
+    """Fold what is committed of SQLite's log into its file, while others read and write."""
+    if engine.dialect.name == "sqlite":
+        with reading(engine, snapshot=False) as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def dialect(engine: Engine) -> Dialect:

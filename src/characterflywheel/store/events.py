@@ -42,8 +42,8 @@ class EventStore:
     Raises `StoreUnavailable`, from any method, where the database is locked for longer than `patience_s`, full or gone.
     """
 
-    def __init__(self, where: Path | str, *, patience_s: float = 60) -> None:
-        self._engine = database.connect(where, patience_s)
+    def __init__(self, where: Path | str, *, patience_s: float = 60, folds_log: bool = True) -> None:
+        self._engine = database.connect(where, patience_s, folds_log)
         self.dialect = database.dialect(self._engine)
         self.where = self._engine.url.render_as_string() if self.dialect == "postgresql" else str(where)
         self._lock = threading.Lock()
@@ -60,13 +60,14 @@ class EventStore:
             raise
 
     @classmethod
-    def open(cls, where: Path | str, *, patience_s: float = 60) -> Self:
+    def open(cls, where: Path | str, *, patience_s: float = 60, folds_log: bool = True) -> Self:
         """Open the store, creating or migrating it as needed. Use it as a context manager, or `close()` it.
 
         `where` is the path of a SQLite file, or the address of a PostgreSQL database, `postgresql://...`.
-        `patience_s` is how long to wait, in seconds, while another process writes.
+        `patience_s` is how long to wait, in seconds, while another process writes. With `folds_log` off no commit
+        pays for folding SQLite's log into its file; call `fold_log` every few seconds instead.
         """
-        return cls(where, patience_s=patience_s)
+        return cls(where, patience_s=patience_s, folds_log=folds_log)
 
     @property
     def path(self) -> Path:
@@ -74,6 +75,11 @@ class EventStore:
         if self.dialect != "sqlite":
             raise FlywheelError(f"{self.where} is no file.")
         return Path(self.where)
+
+    def fold_log(self) -> None:
+        """Fold SQLite's log into its file; writers are not held up. On PostgreSQL there is nothing to do."""
+        with database.plain_errors(self.where):
+            database.fold_log(self._engine)
 
     def close(self) -> None:
         """Close all connections; SQLite then folds its log into the one file."""
