@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 Source = Literal["internal", "user"]
 Role = Literal["system", "user", "assistant"]
 SignalKind = Literal[
-    "continue", "thumb_up", "thumb_down", "love", "reaction", "regenerate", "pick", "edit", "report", "rating", "feedback",
+    "continue", "thumb_up", "thumb_down", "love", "reaction", "regenerate", "pick", "edit", "report", "rating",
+    "feedback",
 ]  # fmt: skip
 Finish = Literal["stop", "length", "cancelled", "error"]
 Split = Literal["annotate", "train", "evaluate", "experiment"]

@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -155,12 +154,12 @@ async def _check_again(hub: Hub) -> None:
 
 async def _retire_daily(hub: Hub) -> None:
     """Erase conversations that nobody has touched for `server.retention_days`."""
-    from ..erase import retire  # noqa: PLC0415 - only where something is retired
+    from ..erase import retain  # noqa: PLC0415 - only where something is erased
 
     days = hub.config.server.retention_days
     while days is not None:
         try:
-            await asyncio.to_thread(retire, hub.workspace, hub.clock() - timedelta(days=days))
+            await asyncio.to_thread(retain, hub.workspace, days)
         except (FlywheelError, OSError) as error:  # tried again tomorrow
             _log.error("conversations older than %d days were not erased: %s", days, error)
         await asyncio.sleep(_DAY_SECONDS)
