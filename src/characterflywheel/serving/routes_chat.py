@@ -68,7 +68,7 @@ async def chat(request: Request, body: ChatRequest, hub: Shared, principal: Chat
 
 router.add_api_route(
     "/v1/chat/completions", chat, methods=["POST"], response_model=ChatCompletion, route_class_override=_Straight,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {}}}},
 )  # fmt: skip
 
 
