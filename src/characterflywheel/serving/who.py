@@ -36,7 +36,7 @@ def may(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     return principal
 
 
-_REMEMBER_SECONDS, _REMEMBER_USERS = 30.0, 50_000
+_REMEMBER_SECONDS, _REMEMBER_USERS = 30.0, 4_000
 Chatting = Annotated[Principal, Depends(may("chat"))]
 Creating = Annotated[Principal, Depends(may("characters"))]
 Reviewing = Annotated[Principal, Depends(may("review"))]

@@ -21,7 +21,7 @@ from .schema import Dialect
 
 _PRAGMAS = (
     "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON", "secure_delete=ON",
-    "cache_size=-65536",
+    "cache_size=-16384",
 )  # fmt: skip
 _APPENDS = 0x666C79776865656C  # "flywheel": the advisory lock of whoever appends
 _log = logging.getLogger(__name__)
