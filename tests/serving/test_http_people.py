@@ -64,7 +64,7 @@ def test_bad_feedback_is_refused(served: Service, sent: dict[str, Any], status: 
 
 def test_late_feedback_keeps_its_time_and_a_key_repeats_its_answer(served: Service) -> None:
     reply = served.chat("hi", user="late").json()
-    at = (datetime.now(UTC) - timedelta(days=2)).isoformat()
+    at = (datetime.now(UTC) - timedelta(minutes=3)).isoformat()
     body, key = {"message_id": reply["id"], "kind": "love", "at": at}, {"Idempotency-Key": "love-1"}
     first = served.client.post("/v1/feedback", json=body, headers=key)
     again = served.client.post("/v1/feedback", json=body, headers=key)
@@ -245,3 +245,24 @@ def test_a_key_works_as_soon_as_it_is_made(served: Service) -> None:
     time.sleep(0.3)
     _, key = create_key(served.store, "just made", ("chat",))
     assert served.client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_change_of_mind_is_kept_and_a_second_click_is_not(served: Service) -> None:
+    reply = served.chat("hi", user="mind").json()
+    for kind in ("thumb_up", "thumb_up", "thumb_down", "thumb_up", "thumb_up"):
+        served.client.post("/v1/feedback", json={"message_id": reply["id"], "kind": kind}).raise_for_status()
+    for value in (5, 3, 3, 5):
+        rating = {"message_id": reply["id"], "kind": "rating", "value": value}
+        served.client.post("/v1/feedback", json=rating).raise_for_status()
+    stored = [(kind, value) for kind, value, _ in signals(served, reply["flywheel_conversation"])]
+    assert stored == [
+        ("thumb_up", 1), ("thumb_down", 1), ("thumb_up", 1), ("rating", 5), ("rating", 3), ("rating", 5),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1969-01-01T00:00:00Z"])
+def test_a_time_that_cannot_be_is_refused(served: Service, at: str) -> None:
+    reply = served.chat("hi", user="time").json()
+    answer = served.client.post("/v1/feedback", json={"message_id": reply["id"], "kind": "love", "at": at})
+    assert answer.status_code == 422
+    assert served.chat("more", user="time", flywheel_conversation=reply["flywheel_conversation"]).status_code == 200

@@ -7,13 +7,14 @@ tools send them, and metrics with a `metric_name` and a boolean or a number as g
 
 import hashlib
 import math
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, NamedTuple, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..ids import derive_id
-from ..records import Signal, SignalKind
+from ..records import Message, Signal, SignalKind
 from .errors import ApiError
 from .schemas import Id, UserId
 
@@ -27,7 +28,7 @@ _ALIASES: dict[str, SignalKind] = {
     "correction": "edit", "comment": "feedback", "stars": "rating", "select": "pick", "retry": "regenerate",
 }  # fmt: skip
 _NEEDS_TEXT = ("edit", "feedback", "reaction")
-_AHEAD = timedelta(minutes=5)
+_TOLERANCE = timedelta(minutes=5)  # clocks differ
 
 
 class FeedbackRequest(BaseModel):
@@ -96,24 +97,52 @@ def act_of(request: FeedbackRequest) -> Act:
     return Act(cast(SignalKind, kind), 1.0 if value is None else value, text)
 
 
-def signal_of(request: FeedbackRequest, user_id: str, key: str | None, now: datetime) -> Signal:
-    """The signal that a request makes. The same act twice is one signal: a second click changes nothing.
+def signal_of(
+    request: FeedbackRequest, message: Message, key: str | None, now: datetime, given: Sequence[Signal] = ()
+) -> Signal:
+    """The signal that a request makes on `message`; `given` are those of its conversation so far.
 
-    `key` is the digest of its idempotency key; without one, the act itself (kind, value, text) names the signal.
+    An act that says what the user's last word on the matter says already is that signal again: a second click changes
+    nothing, while up, down, up is three. With an idempotency key, whose digest `key` is, the key names the signal.
+
+    Raises:
+        ApiError: 422 for what `act_of` refuses, and for a time in the future or before the message.
     """
-    act = act_of(request)
-    at = now
-    if request.at is not None:
-        at = request.at if request.at.tzinfo else request.at.replace(tzinfo=now.tzinfo)
-        if at > now + _AHEAD:
-            raise ApiError(
-                422, "time_ahead", f"at = {at.isoformat()} lies in the future; it is {now.isoformat()}.", "at"
-            )
-    name = (key,) if key else (request.message_id, user_id, act.kind, act.value, act.text)
+    act, at = act_of(request), _moment(request.at, message, now)
+    last = _last_word([one for one in given if one.created_at <= at], act.kind, message.id)
+    if key is None and last is not None and (last.message_id, *Act(last.kind, last.value, last.text)) == (
+        message.id, *act
+    ):  # fmt: skip
+        return last
+    name = (key,) if key else (message.id, *act, last.id if last else None, request.at)
     return Signal(
-        id=derive_id("signal", *name), message_id=request.message_id, user_id=user_id, kind=act.kind, value=act.value,
+        id=derive_id("signal", *name), message_id=message.id, user_id=message.user_id, kind=act.kind, value=act.value,
         text=act.text, created_at=at,
     )  # fmt: skip
+
+
+def _last_word(given: Sequence[Signal], kind: SignalKind, message_id: str) -> Signal | None:
+    """The newest signal on the same matter: thumbs are one matter, a pick concerns the whole conversation."""
+    kinds = ("thumb_up", "thumb_down") if kind in ("thumb_up", "thumb_down") else (kind,)
+    found = [one for one in given if one.kind in kinds and (kind == "pick" or one.message_id == message_id)]
+    return max(found, key=lambda one: one.created_at, default=None)
+
+
+def _moment(at: datetime | None, message: Message, now: datetime) -> datetime:
+    """When it happened, in UTC: as the client says, within what can be."""
+    if at is None:
+        return now
+    try:
+        at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
+    except OverflowError as error:
+        raise ApiError(422, "time_impossible", f"at = {at.isoformat()} is no time that can be kept.", "at") from error
+    if at > now + _TOLERANCE:
+        raise ApiError(422, "time_ahead", f"at = {at.isoformat()}, it is only {now.isoformat()}.", "at")
+    if at < message.created_at - _TOLERANCE:
+        raise ApiError(
+            422, "time_before", f"at = {at.isoformat()}, the message is of {message.created_at.isoformat()}.", "at"
+        )
+    return at
 
 
 def body_digest(raw: bytes) -> str:

@@ -10,20 +10,25 @@ from typing import NamedTuple
 
 from ..ids import derive_id, uuid7
 from ..records import Character, ChatMessage, Conversation, Message, User
+from ..safety.policy import Subject
 from ..service_records import Events
 from .durable import durable, put
 from .errors import ApiError, not_found
 from .hub import Hub
-from .paths import digest, path, said
+from .paths import digest, path, said, seen
 from .schemas import ChatRequest
 
 
 class Asked(NamedTuple):
-    """A user's utterance in its place. `events` make it durable; `replaces` is the reply that is regenerated."""
+    """A user's utterance in its place. `events` make it durable; `replaces` is the reply that is regenerated.
+
+    `seen` is everything that the user was shown before it, `history` what of that the model is told.
+    """
 
     user: User
     character: Character
     conversation_id: str
+    seen: tuple[ChatMessage, ...]
     history: tuple[ChatMessage, ...]
     utterance: Message
     events: Events
@@ -73,7 +78,7 @@ async def _onward(
     known = next((message for message in conversation.messages if message.id == id), None)
     if known is not None:
         before = path(conversation.messages, known.parent_id) if known.parent_id else []
-        return Asked(user, character, conversation.id, said(before), known, Events())
+        return Asked(user, character, conversation.id, seen(before), said(before), known, Events())
     signals = await asyncio.to_thread(hub.store.signals_of, conversation.id)
     picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
     before = path(conversation.messages, request.flywheel_parent, picks)
@@ -86,7 +91,8 @@ async def _onward(
     parent = before[-1].id if before else None
     utterance = _utterance(conversation.id, user, parent, text, at, conversation.created_at)
     utterance = utterance.model_copy(update={"id": id}) if id else utterance
-    return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
+    events = Events(messages=(utterance,))
+    return Asked(user, character, conversation.id, seen(before), said(before), utterance, events)
 
 
 async def _again(hub: Hub, reply_id: str, character: Character, user: User) -> Asked:
@@ -101,7 +107,9 @@ async def _again(hub: Hub, reply_id: str, character: Character, user: User) -> A
         raise ApiError(
             400, "not_a_reply", f"Message {reply_id!r} answers no utterance of the user.", "flywheel_regenerate"
         )
-    return Asked(user, character, conversation.id, said(before[:-1]), before[-1], Events(), replaces=reply_id)
+    return Asked(
+        user, character, conversation.id, seen(before[:-1]), said(before[:-1]), before[-1], Events(), replaces=reply_id
+    )
 
 
 async def _by_history(
@@ -117,7 +125,8 @@ async def _by_history(
             before = path(conversation.messages, tip.message_id)
             utterance = _utterance(conversation.id, user, tip.message_id, last.text, at, conversation.created_at)
             character = await _its_character(hub, conversation, character)
-            return Asked(user, character, conversation.id, said(before), utterance, Events(messages=(utterance,)))
+            events = Events(messages=(utterance,))
+            return Asked(user, character, conversation.id, seen(before), said(before), utterance, events)
     beginning = None if key else at  # ids that a retry must find again hold no time
     opened = Conversation(
         id=derive_id("conversation", key) if key else uuid7(at), user_id=user.id, character_id=character.id,
@@ -136,7 +145,18 @@ async def _by_history(
     parent = taken_in[-1].id if taken_in else None
     utterance = _utterance(opened.id, user, parent, last.text, at, beginning)
     events = Events(users=(user,), conversations=(opened,), messages=(*taken_in, utterance))
-    return Asked(user, character, opened.id, history, utterance, events)
+    return Asked(user, character, opened.id, history, await _harmless(hub, history), utterance, events)
+
+
+async def _harmless(hub: Hub, history: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    """What the model may be told of a history that we never served: whatever safety lets pass."""
+    context, kept = "", []
+    for message in history:
+        subject: Subject = "prompt" if message.role == "user" else "reply"
+        if (await hub.moderator.check(message.content, context=context, subject=subject)).allowed:
+            kept.append(message)
+        context = message.content
+    return tuple(kept)
 
 
 def _utterance(

@@ -43,6 +43,11 @@ def _newest(messages: Sequence[Message], parents: dict[str, str | None], picked:
     return tip
 
 
+def seen(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
+    """What the user was shown of a path, canned replies too: what a client that keeps its own history sends."""
+    return tuple(ChatMessage(role=message.role, content=message.content) for message in messages)
+
+
 def said(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
     """What the model is shown of a path: canned replies and what they answered are left out, as no model said them."""
     canned = {message.id for message in messages if message.fallback}

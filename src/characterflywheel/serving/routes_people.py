@@ -48,7 +48,8 @@ async def feedback(request: Request, body: FeedbackRequest, hub: Shared, princip
             if known.body != digest:
                 raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
             return Response(known.response, known.status, {"Idempotent-Replayed": "true"}, "application/json")
-    signal = signal_of(body, message.user_id, key, hub.clock())
+    given = await asyncio.to_thread(hub.store.signals_of, message.conversation_id)
+    signal = signal_of(body, message, key, hub.clock(), given)
     answer = FeedbackView(
         id=signal.id, message_id=signal.message_id, kind=signal.kind, value=signal.value, text=signal.text,
         created_at=signal.created_at,

@@ -281,7 +281,7 @@ def _events(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered | Non
         )
         for one in said if one.verdict is not None and not one.verdict.allowed
     )  # fmt: skip
-    told = [*asked.history, ChatMessage(role="user", content=asked.utterance.content)]
+    told = [*asked.seen, ChatMessage(role="user", content=asked.utterance.content)]
     tips = tuple(
         Tip(
             id=digest(asked.user.id, asked.character.id, [*told, ChatMessage(role="assistant", content=one.text)]),
