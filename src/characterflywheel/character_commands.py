@@ -19,6 +19,7 @@ from .errors import FlywheelError
 from .records import Character
 from .safety.moderator import make_moderator
 from .service_records import Publication
+from .serving.pictures import find
 from .serving.publication import Publisher, decide
 from .serving.publication import retire as retire_character
 from .store import EventStore
@@ -66,13 +67,11 @@ def import_cards(workspace: Workspace, files: Sequence[Path], id: str | None = N
                 try:
                     raw = file.read_bytes()
                     character = character_of(read_card(raw), id)
-                    decision = await publisher.submit(character, BY)
+                    decision = await publisher.submit(character, BY, picture=picture_of(raw) if is_png(raw) else None)
                 except (FlywheelError, OSError) as error:  # one file; the others come in
                     bad += 1
                     sys.stderr.write(f"{file}: {error}\n")
                     continue
-                if is_png(raw):
-                    _write(workspace.pictures / f"{character.id}.png", picture_of(raw))
                 _say(decision)
         return bad
 
@@ -85,9 +84,9 @@ def export_card(
 ) -> None:
     """Write a character's card; a PNG holds both versions, on its picture or its initials."""
     character = _one(workspace, id)
-    picture = workspace.pictures / f"{id}.png"
+    picture = find(workspace.pictures, character)
     if form == "png":
-        _write(output, write_png(character, picture.read_bytes() if picture.is_file() else None))
+        _write(output, write_png(character, picture.read_bytes() if picture else None))
     else:
         _write(output, (json.dumps(card_of(character, version), ensure_ascii=False, indent=1) + "\n").encode())
     print(f"{character.name} (version {character.version}) in {output}")
@@ -156,7 +155,7 @@ async def _publisher(workspace: Workspace) -> AsyncIterator[Publisher]:
     moderator = make_moderator(workspace.config().safety)
     try:
         with EventStore.open(workspace.events) as store:
-            yield Publisher(store, moderator)
+            yield Publisher(store, moderator, workspace.pictures, trusts_pictures=True)  # the operator saw them
     finally:
         await moderator.close()
 

@@ -93,6 +93,9 @@ class SafetyConfig(Section):
     hold: Literal["sentence", "reply"] = Field(
         "sentence", description="how much of a streamed reply waits for its check before it is shown"
     )
+    pictures: Literal["review", "trust"] = Field(
+        "review", description="a card's picture waits for a person, or is shown as it comes (no classifier sees it)"
+    )
     model_threshold: float = Field(0.81, gt=0, lt=1, description="the small model refuses from this probability")
 
 

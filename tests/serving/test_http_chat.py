@@ -221,3 +221,12 @@ def test_a_history_that_we_never_served_is_checked_before_the_model_sees_it(serv
     object.__setattr__(echo, "complete", complete)
     assert "lovely weather" in asked
     assert "how do i build a bomb" not in asked
+
+
+def test_a_key_whose_first_try_failed_still_belongs_to_its_body(served: Service) -> None:
+    headers = {"Idempotency-Key": "failed-first"}
+    assert served.chat("mine", user="keyed", model="pirate", headers=headers).status_code == 200
+    with served.store.write() as connection:  # as if no answer had come about
+        connection.exec_driver_sql("DELETE FROM remembered WHERE status = 200 AND user_id = 'keyed'")
+    assert served.chat("other words", user="keyed", headers=headers).status_code == 409
+    assert served.chat("mine", user="keyed", headers=headers).status_code == 200

@@ -168,7 +168,11 @@ def test_a_card_comes_back_as_it_went(served: Service, version: str) -> None:
     assert picture.content.startswith(b"\x89PNG")
     served.client.delete(f"/v1/characters/{id}")
     again = served.client.put(f"/v1/characters/{id}", content=picture.content, headers={"Content-Type": "image/png"})
-    assert again.json()["in_service"] is not None, again.text
+    assert again.json()["state"] == "review", again.text  # nobody has seen the picture
+    assert served.client.get(f"/v1/characters/{id}/picture").status_code == 404
+    (waiting,) = served.client.get("/v1/reviews").json()["data"]
+    assert waiting["picture"].startswith("data:image/png;base64,")
+    served.client.post(f"/v1/reviews/{id}", json={"decision": "approved", "reason": "seen"}).raise_for_status()
     shown = served.client.get(f"/v1/characters/{id}").json()["picture"]
     assert served.client.get(shown).content.startswith(b"\x89PNG")
     assert served.client.get("/v1/characters/pirate").json()["picture"] is None

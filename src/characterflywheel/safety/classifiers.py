@@ -170,6 +170,7 @@ _CARES = re.compile(
     r"\b(?:sorry|help|please|worried|don'?t|do not|not|never|stop|talk to|reach out|hotline|doctor|therapist"
     r"|therapy|but|however|wrong|safe|care|sad)\b"
 )
+_REACH = 80  # characters before a threat in which its negation stands
 AGREED = ("self_harm", "hate", "violence", "sexual_minors", "crime")
 
 
@@ -205,4 +206,5 @@ def _matches(category: str, pattern: re.Pattern[str], plain: str) -> bool:
     if category != "violence":
         return pattern.search(plain) is not None
     # "I won't hurt you" is the opposite of a threat
-    return any(not _NEGATED.search(plain[: found.start()]) for found in pattern.finditer(plain))
+    starts = (found.start() for found in pattern.finditer(plain))
+    return any(not _NEGATED.search(plain[max(0, start - _REACH) : start]) for start in starts)

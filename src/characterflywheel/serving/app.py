@@ -97,7 +97,7 @@ async def _open(workspace: Workspace, config: FlywheelConfig, metrics: Metrics, 
         Authenticator(store, load_secret(workspace.root), session_days=bounds.session_days)
     )
     assigner = stack.enter_context(Assigner(store))
-    publisher = Publisher(store, moderator)
+    publisher = Publisher(store, moderator, workspace.pictures, config.safety.pictures == "trust")
     await publisher.publish_folder(workspace)
     cast = Cast(store)
     await cast.refresh()

@@ -1,7 +1,8 @@
 """Which experiment a user is in, and which model answers: sticky, salted, independent (PAPER 7, DESIGN section 8).
 
-Only production users are assigned. Experiments are tried in the order of their names, and the first that takes a user
-serves them. Nothing is stored but the exposure, once for each user and experiment.
+Only production users are assigned. Experiments are tried in the order in which they were started, so that a later one
+gets who is left, and the first that takes a user serves them. Nothing is stored but the exposure, one row for each
+user and experiment.
 """
 
 import time
@@ -15,6 +16,8 @@ from ..ids import derive_id
 from ..records import Exposure, User
 from ..service_records import Experiment
 from .reloaded import Reloaded
+
+_REMEMBER_SECONDS = 60.0
 
 
 class Assigned(NamedTuple):
@@ -81,9 +84,10 @@ class Assigner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._running = Reloaded(lambda: _running(store.experiments()), reload_seconds, clock)
-        self._half = max(1, most_exposed // 2)
+        self._half, self._clock = max(1, most_exposed // 2), clock
         self._young: set[tuple[str, str]] = set()
         self._old: set[tuple[str, str]] = set()
+        self._turned = clock()
 
     def start(self) -> None:
         """Read experiments in a thread of its own from now on."""
@@ -115,27 +119,23 @@ class Assigner:
 
     def exposure(self, user_id: str, assigned: Assigned, at: datetime) -> Exposure | None:
         """The exposure to make durable before the reply; None where `exposed` has said that it is."""
+        self._forget_some()
         key = (user_id, assigned.experiment)
-        if key in self._young:
-            return None
-        if key in self._old:
-            self._remember(key)
-            return None
-        return exposure_of(user_id, assigned, at)
+        return None if key in self._young or key in self._old else exposure_of(user_id, assigned, at)
 
     def exposed(self, exposure: Exposure) -> None:
-        """Say that an exposure is durable. Those of users not seen for longest are forgotten, and written again."""
-        self._remember((exposure.user_id, exposure.experiment))
+        """Say that an exposure is durable. After a minute or two it is written again, as its user may be erased."""
+        self._forget_some()
+        self._young.add((exposure.user_id, exposure.experiment))
 
-    def _remember(self, key: tuple[str, str]) -> None:
-        if len(self._young) >= self._half:
-            self._old, self._young = self._young, set()
-        self._young.add(key)
+    def _forget_some(self) -> None:
+        if len(self._young) >= self._half or self._clock() - self._turned > _REMEMBER_SECONDS:
+            self._old, self._young, self._turned = self._young, set(), self._clock()
 
 
 def _running(experiments: Mapping[str, Experiment]) -> tuple[Running, ...]:
     return tuple(
         Running.of(name, one.salt, one.shares, one.models)
-        for name, one in sorted(experiments.items())
+        for name, one in sorted(experiments.items(), key=lambda entry: (entry[1].started_at, entry[0]))
         if one.state == "running"
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 
+from ..errors import FlywheelError
 from ..service_records import Events
 from ..store.database import StoreUnavailable
 from ..store.journal import JournalFull
@@ -24,3 +25,5 @@ async def durable(future: asyncio.Future[None]) -> None:
         await asyncio.shield(future)
     except StoreUnavailable as error:
         raise ApiError(503, "store_unavailable", str(error), headers={"Retry-After": "2"}) from error
+    except FlywheelError as error:  # what it belongs to is gone, erased meanwhile
+        raise ApiError(409, "not_stored", "This could not be stored: what it belongs to is no longer there.") from error

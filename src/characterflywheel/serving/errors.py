@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from ..cards import PromptTooLongError
 from ..errors import FlywheelError
 from ..records import Record
+from ..store.database import StoreUnavailable
 
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -77,6 +78,8 @@ def add_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, code, str(error.detail), headers=error.headers).response()
 
     async def remedy(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, StoreUnavailable):
+            return ApiError(503, "store_unavailable", str(error), headers={"Retry-After": "2"}).response()
         code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else "invalid_request"
         return ApiError(400, code, str(error)).response()
 

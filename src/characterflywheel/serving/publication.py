@@ -8,6 +8,7 @@ serving until then. The same content again is no new version, and needs no new d
 import asyncio
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from ..cards.card import check_values, data_of
@@ -21,6 +22,7 @@ from ..safety.policy import UNCHECKED
 from ..service_records import Publication, PublicationState
 from ..store import EventStore
 from ..workspace import Workspace
+from .pictures import keep, marked
 
 SAFETY = "safety"
 """The reviewer of decisions that classifiers made."""
@@ -51,12 +53,18 @@ class Publisher:
     """Decides about characters and keeps the decisions in the store. `submit` is for the event loop, the rest for any
     thread."""
 
-    def __init__(self, store: EventStore, moderator: Checks) -> None:
-        self.store, self.moderator = store, moderator
+    def __init__(
+        self, store: EventStore, moderator: Checks, pictures: Path | None = None, trusts_pictures: bool = False
+    ) -> None:
+        self.store, self.moderator, self.pictures, self.trusts_pictures = store, moderator, pictures, trusts_pictures
         self._turn = asyncio.Lock()
 
-    async def submit(self, character: Character, by: str, at: datetime | None = None) -> Publication:
+    async def submit(
+        self, character: Character, by: str, at: datetime | None = None, picture: bytes | None = None
+    ) -> Publication:
         """Check a character and register it as a new version; returns the decision about it.
+
+        A picture (a PNG without a card in it) belongs to the version; unless pictures are trusted, a person decides.
 
         Its `version` and `safety` are ours to set. Content equal to the newest version is that version: where it was
         decided about, that decision stands, unless it could not be checked then or was retired since. Raises
@@ -65,9 +73,15 @@ class Publisher:
         check_values(character.model_dump(exclude={"card"}), "character")
         if character.card is not None:
             data_of({"data": character.card})
+        folder = self.pictures
+        if picture is not None and folder is None:
+            raise FlywheelError("pictures are not kept here: give the publisher a folder for them.")
+        character = character if picture is None else marked(character, picture)
         async with self._turn:  # versions are numbered one after the other
             version = await asyncio.to_thread(self._numbered, character)
-        return await self._decided(version, by, at)
+            if picture is not None and folder is not None:
+                await asyncio.to_thread(keep, folder, version, picture)
+        return await self._decided(version, by, at, picture is not None)
 
     async def publish_folder(self, workspace: Workspace, at: datetime | None = None) -> list[Publication]:
         """Register and decide about the characters of the workspace's folder, whose files number their versions.
@@ -102,7 +116,7 @@ class Publisher:
         self.store.add_characters([made])
         return made
 
-    async def _decided(self, character: Character, by: str, at: datetime | None) -> Publication:
+    async def _decided(self, character: Character, by: str, at: datetime | None, pictured: bool = False) -> Publication:
         """The standing decision about a registered version, or one made now."""
         standing = await asyncio.to_thread(self._standing, character)
         if standing is not None:
@@ -111,6 +125,8 @@ class Publisher:
         if character.safety == "refused":
             finding = Finding("refused", "its file says so")
         finding = finding or await examine(self.moderator, texts_of(character))
+        if pictured and finding.state == "approved" and not self.trusts_pictures:
+            finding = Finding("review", "its texts are clean; its picture waits for a person to look at it")
         reason = f"{finding.reason} (submitted by {by})"
         return await asyncio.to_thread(_keep, self.store, character, finding.state, reason, SAFETY, at)
 

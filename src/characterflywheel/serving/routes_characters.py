@@ -4,8 +4,8 @@ Safety runs at creation and at every change and fails closed (PAPER section 9): 
 """
 
 import asyncio
+import base64
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi import APIRouter, Query, Request, Response
@@ -14,11 +14,11 @@ from pydantic import Field, ValidationError
 from ..cards import card_of, character_of, greetings, read_png, write_png
 from ..cards.card import read_json
 from ..cards.png import picture_of
-from ..ids import uuid7
 from ..records import Character, Record
 from ..service_records import Publication, PublicationState
 from .errors import ApiError, not_found
 from .hub import Hub
+from .pictures import find
 from .schemas import Request as Body
 from .who import Chatting, Creating, Reviewing, Shared
 
@@ -60,6 +60,7 @@ class CharacterState(Record):
     state: PublicationState | Literal["unpublished"]
     reason: str
     in_service: int | None = Field(description="the version that people talk to; None where there is none")
+    picture: str | None = Field(None, description="in the queue: its picture, as a data address")
 
 
 class Made(NamedTuple):
@@ -108,8 +109,9 @@ async def character(id: str, hub: Shared, principal: Chatting) -> CharacterView:
 @router.get("/v1/characters/{id}/picture", response_class=Response, responses={200: {"content": {"image/png": {}}}})
 async def picture(id: str, hub: Shared, principal: Chatting) -> Response:
     """The picture of a character that can be talked to."""
-    path = _picture(hub, id)
-    if await hub.cast.get(id) is None or not path.is_file():
+    serving = await hub.cast.get(id)
+    path = find(hub.workspace.pictures, serving) if serving else None
+    if path is None:
         raise not_found("picture", id)
     return Response(
         await asyncio.to_thread(path.read_bytes), 200, {"Cache-Control": "private, max-age=300"}, "image/png"
@@ -163,8 +165,8 @@ async def card(
     """The newest version as a character card."""
     found = await _newest(hub, id)
     if form == "png":
-        path = _picture(hub, id)
-        kept = await asyncio.to_thread(path.read_bytes) if path.is_file() else None
+        path = find(hub.workspace.pictures, found)
+        kept = await asyncio.to_thread(path.read_bytes) if path else None
         return Response(await asyncio.to_thread(write_png, found, kept), media_type="image/png")
     return Response(json.dumps(card_of(found, version), ensure_ascii=False), media_type="application/json")
 
@@ -174,7 +176,7 @@ async def reviews(hub: Shared, principal: Reviewing) -> ReviewList:
     """Characters whose newest version waits for a person."""
     decided = await asyncio.to_thread(hub.store.publications)
     waiting = [id for id, publication in sorted(decided.items()) if publication.state == "review"]
-    return ReviewList(data=tuple([await _state(hub, id) for id in waiting]))
+    return ReviewList(data=tuple([await _state(hub, id, pictured=True) for id in waiting]))
 
 
 @router.post("/v1/reviews/{character_id}")
@@ -191,23 +193,9 @@ async def review(character_id: str, body: ReviewRequest, hub: Shared, principal:
 
 
 async def _submit(hub: Hub, made: Made, by: str) -> CharacterState:
-    """A character's picture is shown once the version that brings it is approved."""
-    decision = await hub.publisher.submit(made.character, by, hub.clock())
-    if made.picture and decision.state == "approved":
-        await asyncio.to_thread(_keep, _picture(hub, made.character.id), made.picture)
+    await hub.publisher.submit(made.character, by, hub.clock(), made.picture)
     await hub.cast.refresh()
     return await _state(hub, made.character.id)
-
-
-def _picture(hub: Hub, id: str) -> Path:
-    return hub.workspace.pictures / f"{id}.png"
-
-
-def _keep(path: Path, picture: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(f".{uuid7()}.part")
-    draft.write_bytes(picture)
-    draft.replace(path)
 
 
 async def _read(request: Request, id: str | None) -> Made:
@@ -236,18 +224,21 @@ async def _newest(hub: Hub, id: str) -> Character:
     return found
 
 
-async def _state(hub: Hub, id: str) -> CharacterState:
+async def _state(hub: Hub, id: str, pictured: bool = False) -> CharacterState:
     newest, decided = await _newest(hub, id), await asyncio.to_thread(hub.store.publications)
     serving, publication = await hub.cast.get(id), decided.get(id)
+    path = find(hub.workspace.pictures, newest) if pictured else None
+    address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path else None
     return CharacterState(
         character=newest, state=publication.state if publication else "unpublished",
         reason=publication.reason if publication else "nobody has checked it yet",
-        in_service=serving.version if serving else None,
+        in_service=serving.version if serving else None, picture=address,
     )  # fmt: skip
 
 
 def _view(hub: Hub, one: Character) -> CharacterView:
-    picture = f"/v1/characters/{one.id}/picture" if _picture(hub, one.id).is_file() else None
+    path = find(hub.workspace.pictures, one)
+    picture = f"/v1/characters/{one.id}/picture?v={path.stem}" if path else None
     return CharacterView(
         id=one.id, version=one.version, name=one.name, category=one.category, traits=one.traits,
         greetings=greetings(one), picture=picture,

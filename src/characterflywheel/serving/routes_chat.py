@@ -106,7 +106,7 @@ async def _stream_once(
         if known is not None:
             events = _replayed(known.response)
         else:
-            events = _stream(hub, body, await _begin(hub, body, user, key), key, digest)
+            events = _stream(hub, body, await _begin(hub, body, user, key, digest), key, digest)
         async with aclosing(events):
             async for event in events:
                 yield event
@@ -130,17 +130,26 @@ async def _alone(hub: Hub, key: str | None) -> AsyncIterator[None]:
 
 
 async def _remembered(hub: Hub, key: str | None, digest: str | None) -> Remembered | None:
+    """The answer that a key was given; None where it has none yet, perhaps because the first try failed."""
     if key is None:
         return None
-    known = await asyncio.to_thread(hub.store.remembered, key)
-    if known is not None and known.body != digest:
-        raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
-    return known
+    for id in (key, _begun(key)):
+        known = await asyncio.to_thread(hub.store.remembered, id)
+        if known is not None and known.body != digest:
+            raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
+        if known is not None and id == key:
+            return known
+    return None
+
+
+def _begun(key: str) -> str:
+    """The id of the row that says which body a key began with, before there is an answer."""
+    return f"{key}-begun"
 
 
 async def _whole(hub: Hub, body: ChatRequest, user: User, key: str | None, digest: str | None) -> str:
     """The answer as JSON; what it says is in the store when it is returned."""
-    turn = await _begin(hub, body, user, key)
+    turn = await _begin(hub, body, user, key, digest)
     with being_written(hub, turn):
         try:
             said = await replies(hub, turn)
@@ -208,9 +217,12 @@ async def _replayed(answer: str) -> AsyncGenerator[bytes, None]:
     yield b"data: [DONE]\n\n"
 
 
-async def _begin(hub: Hub, body: ChatRequest, user: User, key: str | None) -> Turn:
+async def _begin(hub: Hub, body: ChatRequest, user: User, key: str | None, digest: str | None) -> Turn:
     character = await _character(hub, body.model)
     asked = await locate(hub, body, character, user, hub.clock(), key)
+    if key and digest:
+        begun = Remembered(id=_begun(key), user_id=user.id, body=digest, status=0, response="", created_at=hub.clock())
+        asked = asked._replace(events=asked.events.model_copy(update={"remembered": (begun,)}))
     try:
         return await begin(hub, body, asked, key)
     except BackendError as error:

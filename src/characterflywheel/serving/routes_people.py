@@ -38,8 +38,12 @@ async def feedback(request: Request, body: FeedbackRequest, hub: Shared, princip
     if message is None and (written := hub.being_written.get(body.message_id)) is not None:
         await asyncio.wait([written], timeout=hub.config.server.timeout_s)  # the reply is still on its way
         message = await asyncio.to_thread(hub.store.message, body.message_id)
-    if message is None or message.role != "assistant" or (speaking and message.user_id != user.id):
+    if message is None or (speaking and message.user_id != user.id):
         raise not_found("message", body.message_id, "message_id")
+    if message.role != "assistant" or (
+        message.model is None and message.id != _greeting_of(message.conversation_id, message.created_at)
+    ):
+        raise ApiError(422, "not_a_reply", "Feedback is on what a character said here.", "message_id")
     key = key_of(request, principal.id, user)
     if key:
         digest = body_digest(await request.body())
@@ -87,7 +91,7 @@ async def open_conversation(
     if known[body.greeting].strip():
         greeting = (
             Message(
-                id=derive_id("greeting", conversation.id, at=at), conversation_id=conversation.id, user_id=user.id,
+                id=_greeting_of(conversation.id, at), conversation_id=conversation.id, user_id=user.id,
                 role="assistant", content=known[body.greeting], created_at=at,
             ),
         )  # fmt: skip
@@ -134,6 +138,10 @@ async def change_me(request: Request, body: MeRequest, hub: Shared, principal: C
     await asyncio.to_thread(hub.store.set_consent, user.id, body.consent)
     hub.users.pop(user.id, None)
     return MeView(id=user.id, consent=body.consent)
+
+
+def _greeting_of(conversation_id: str, at: datetime) -> str:
+    return derive_id("greeting", conversation_id, at=at)
 
 
 def _view(

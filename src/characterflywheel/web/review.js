@@ -30,7 +30,7 @@ function fields(object, all = false) {
 }
 
 /** One character of the queue, with its decision. */
-function dossier({ character, reason, in_service: serving }, api) {
+function dossier({ character, reason, in_service: serving, picture }, api) {
   const { id, version, name, card, safety, ...rest } = character; // `safety` is not known before the decision
   const title = el("h2", { text: name, tabindex: "-1" });
   const field = el("textarea", { id: `reason-${id}`, rows: 2, required: true, maxlength: 2000 });
@@ -42,7 +42,7 @@ function dossier({ character, reason, in_service: serving }, api) {
   const form = el("form", { class: "decide" }, el("label", { for: field.id, text: "Your reason" }), field, failed, el("div", { class: "row" }, ...buttons));
   const more = serving ? `Version ${serving} is in service meanwhile.` : "Nobody can talk to it yet.";
   const node = el("article", { class: "dossier hued" },
-    el("header", {}, portrait(character), el("div", {}, title, el("p", { text: `${id}, version ${version}. ${more}` }))),
+    el("header", {}, portrait({ ...character, picture }, picture ? "large" : ""), el("div", {}, title, el("p", { text: `${id}, version ${version}. ${more}` }))),
     el("div", { class: "found" }, el("h3", { text: "What safety found" }), el("p", { class: "value", text: reason })),
     fields(rest, true), card ? el("section", {}, el("h3", { text: "The card it came from" }), fields(card, true)) : null, form);
   node.style.setProperty("--hue", hueOf(id));
