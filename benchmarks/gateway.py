@@ -223,7 +223,8 @@ def main() -> None:
     logged = [c["contenders"]["flywheel"] for c in figures["compared"]]
     figures |= {"held_rps": figures["ramp"]["held_rps"], "echo_held_rps": figures["echo"]["held_rps"]}
     figures["rows_equal"] = all(one["rows_equal"] for one in (*held, *logged))
-    figures |= {name: value for name, value in figures["compared"][0].items() if name.endswith("_ratio")}
+    for part in figures["compared"][:1]:
+        figures |= {name: value for name, value in part.items() if name.endswith("_ratio")}
     _print(figures)
     record.write(args.json, figures)
 
@@ -232,7 +233,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = [200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1500]
     parser.add_argument("--litellm", type=Path, help="the `litellm` program of an environment with litellm[proxy]")
-    parser.add_argument("--at", type=float, nargs="+", default=[50, 100], help="requests a second to compare at")
+    parser.add_argument("--at", type=float, nargs="*", default=[50, 100], help="requests a second to compare at")
     parser.add_argument("--stream-at", type=float, nargs="*", default=[50], help="the same, streamed")
     parser.add_argument("--rates", type=float, nargs="+", default=steps, help="requests a second, until one fails")
     parser.add_argument("--seconds", type=float, default=30, help="length of one measurement")

@@ -274,20 +274,13 @@ def trial(kind: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def trace(requests: int = 20) -> dict[str, Any]:
-    """How many answers left after the log was synced for them, by strace; one request at a time, SQLite."""
+    """How many answers ended after the database was synced for them, by strace; one at a time, every other streamed."""
     with tempfile.TemporaryDirectory() as folder:
         product, calls = Path(folder) / "product", Path(folder) / "calls"
         key = servers.workspace(product)
-        prefix = (
-            "strace",
-            "-f",
-            "-y",
-            "-s",
-            "24",
-            "-e",
-            "trace=recvfrom,read,fsync,fdatasync,sendto,write,writev,sendmsg",
-        )
-        server = servers.flywheel(product, "--backend", "echo", prefix=(*prefix, "-o", str(calls)))
+        watched = "trace=recvfrom,read,fsync,fdatasync,sendto,write,writev,sendmsg"
+        prefix = ("strace", "-f", "-y", "-s", "200", "-e", watched, "-o", str(calls))
+        server = servers.flywheel(product, "--backend", "echo", prefix=prefix)
 
         async def ask() -> None:
             headers = {"Authorization": f"Bearer {key}"}
@@ -306,18 +299,18 @@ def trace(requests: int = 20) -> dict[str, Any]:
 
 _SYNC = re.compile(r"(?:fsync|fdatasync)(?:\(\d+<[^>]*flywheel\.db[^>]*>\)| resumed>\)).*= 0$")
 _ASKED = re.compile(r'"POST /v1/chat/completio')
-_ANSWERED = re.compile(r'(?:write|writev|sendto|sendmsg)\(.*"(?:HTTP/1\.1 200|.*DONE)')
+_ENDED = re.compile(r"(?:write|writev|sendto|sendmsg)\(.*(?:application/json|finish_reason\\\\?\":\\\\?\"|DONE)")
 
 
 def _synced(calls: Sequence[str]) -> dict[str, Any]:
-    """Read a trace: between a request and the end of its answer there must be a sync of the database that succeeded."""
+    """Read a trace: before an answer, or the last chunk of a streamed one, the database was synced for it."""
     answers, synced, seen, waiting = 0, 0, False, False
     for call in calls:
         if _ASKED.search(call):
             seen, waiting = False, True
         elif _SYNC.search(call):
             seen = True
-        elif waiting and _ANSWERED.search(call):
+        elif waiting and _ENDED.search(call):
             answers, synced, waiting = answers + 1, synced + seen, False
     return {"answers": answers, "synced_before": synced}
 
@@ -342,7 +335,8 @@ def main() -> None:
     record.show(figures, ["", *args.database], [[name, *(one[name] for one in done)] for name in names])
     print(f"\n{[one['examples'] for one in done]} {figures.get('trace', '')}")
     record.write(args.json, figures)
-    sys.exit(1 if figures["missing"] or figures["duplicates"] else 0)
+    early = args.trace and figures["trace"]["answers"] != figures["trace"]["synced_before"]
+    sys.exit(1 if figures["missing"] or figures["duplicates"] or early else 0)
 
 
 def _say(line: str) -> None:

@@ -40,8 +40,9 @@ class Server:
         began = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.env}
-            )
+                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.env},
+                start_new_session=True,
+            )  # fmt: skip
         while not _answers(self.ready):
             if self.process.poll() is not None or time.monotonic() - began > patience:
                 tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
@@ -75,11 +76,12 @@ class Server:
         process, self.process = self.process, None
         if process is None:
             return
-        process.send_signal(how)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)  # a tracer and what it traces
         try:
             process.wait(patience)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
