@@ -7,15 +7,30 @@ seeded generator; without them they come from the wall clock and the operating s
 import hashlib
 import os
 import random
-import secrets
+import threading
 import time
 import uuid
 from datetime import UTC, datetime
 
-# Ids must not collide and need not be secret, so the system is asked for randomness once a process, not once an id
-# (where system calls are dear, that is most of a request's time).
-_FRESH = random.Random(secrets.randbits(256))
-os.register_at_fork(after_in_child=lambda: _FRESH.seed(secrets.randbits(256)))
+
+class _Randomness:
+    """Bits from the operating system, asked for by the block: where system calls are dear, one an id costs too much."""
+
+    def __init__(self) -> None:
+        self._lock, self._block, self._at = threading.Lock(), b"", 0
+        os.register_at_fork(after_in_child=self.__init__)  # type: ignore[misc]
+
+    def getrandbits(self, bits: int) -> int:
+        size = (bits + 7) // 8
+        with self._lock:
+            if self._at + size > len(self._block):
+                self._block, self._at = os.urandom(4096), 0
+            taken = self._block[self._at : self._at + size]
+            self._at += size
+        return int.from_bytes(taken, "big") >> (8 * size - bits)
+
+
+_FRESH = _Randomness()
 
 
 def uuid7(at: datetime | None = None, rng: random.Random | None = None) -> str:

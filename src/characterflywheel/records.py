@@ -16,6 +16,8 @@ SignalKind = Literal[
     "continue", "thumb_up", "thumb_down", "love", "reaction", "regenerate", "pick", "edit", "report", "rating",
     "feedback",
 ]  # fmt: skip
+GIVEN = "client"
+"""The `model` of a reply that no model here wrote: it came with the history that a client sent."""
 Finish = Literal["stop", "length", "cancelled", "error"]
 Split = Literal["annotate", "train", "evaluate", "experiment"]
 

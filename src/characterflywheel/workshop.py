@@ -430,7 +430,7 @@ class Workshop:
         bank: BankSummary = work.inputs["bank"].summary
         export = work.partial / "export"
         nothing = Position(messages=0, signals=0, exposures=0)
-        self.store.export(export, nothing, live.until, consenting_only=False)
+        self.store.export(export, nothing, live.until, consenting_only=False, texts=False)
         return analyse(work, self.config.experiment, bank.experiment, export)
 
     def _claim(self, work: Work) -> None:

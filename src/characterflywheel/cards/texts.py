@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from ..characters import system_prompt
 from ..records import Character
+from .card import view
 from .macros import Voice, has_calls
 
 
@@ -20,10 +21,16 @@ def texts_of(character: Character) -> dict[str, str]:
         found[where] = f"{found[where]}\n{text}" if where in found else text
     if character.card is None:
         return found
-    voice = Voice(character.name, "User", character.id)
-    rendered = {where: voice.render(text, "", hidden=True).strip() for where, text in found.items()}
-    written = {f"{where} (as written)": text for where, text in found.items() if has_calls(text)}
-    return {where: text for where, text in (rendered | written).items() if text}
+    nickname = view(character.card).nickname
+    voices = [Voice(name, "User", character.id) for name in dict.fromkeys((nickname or character.name, character.name))]
+    read: dict[str, str] = {}
+    for where, text in found.items():
+        ways = (voice.render(text, "", hidden=hidden).strip() for voice in voices for hidden in (True, False))
+        for number, way in enumerate(dict.fromkeys(ways)):
+            read[where if number == 0 else f"{where} (read another way, {number})"] = way
+        if has_calls(text):
+            read[f"{where} (as written)"] = text
+    return {where: text for where, text in read.items() if text}
 
 
 def _by_field(data: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -24,12 +24,13 @@ from .assignment import Assigner
 from .auth import Authenticator, load_secret
 from .backends import BackendError, make_backends
 from .cast import Cast
+from .durable import ask
 from .errors import ErrorBody, add_handlers
 from .hub import Hub
 from .limits import RateLimiter
 from .metrics import Metrics, Observed
 from .publication import Publisher, was_checked
-from .security import BodyLimit, RequestIds, SecurityHeaders, allow_origins, believe_proxies
+from .security import BodyLimit, PlainAddresses, RequestIds, SecurityHeaders, allow_origins, believe_proxies
 
 _log = logging.getLogger(__name__)
 _REFRESH_SECONDS = 5.0
@@ -75,7 +76,7 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
 
         api.router.routes.extend(pages())
     app: ASGIApp = BodyLimit(api, bounds.max_body_bytes, {"/v1/characters": bounds.max_card_bytes})
-    app = Observed(app, metrics)
+    app = Observed(PlainAddresses(app), metrics)
     app = allow_origins(app, bounds.cors_origins)
     return RequestIds(believe_proxies(SecurityHeaders(app), bounds.trusted_proxies))
 
@@ -142,14 +143,14 @@ async def _fold_log(hub: Hub) -> None:
     while True:
         await asyncio.sleep(_FOLD_SECONDS)
         try:
-            await asyncio.to_thread(hub.store.fold_log)
+            await ask(hub.store.fold_log)
         except (FlywheelError, OSError) as error:  # the log grows until it works again
             _log.error("the store's log could not be folded: %s", error)
 
 
 async def _check_again(hub: Hub) -> None:
     """Publish the folder's characters that safety could not check at the start, once it can."""
-    while not all(map(was_checked, (await asyncio.to_thread(hub.store.publications)).values())):
+    while not all(map(was_checked, (await ask(hub.store.publications)).values())):
         await asyncio.sleep(_CHECK_AGAIN_SECONDS)
         try:
             await hub.publisher.publish_folder(hub.workspace)

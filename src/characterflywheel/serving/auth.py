@@ -83,6 +83,13 @@ class Principal(NamedTuple):
             raise Forbidden("not_your_user", f"User {named!r} belongs to a session or to another key.", "user")
         return named
 
+    def whose(self, user_id: str) -> str | None:
+        """`user_id` where this principal may speak for that user, else None."""
+        try:
+            return self.speaks_for(user_id)
+        except Forbidden:
+            return None
+
 
 class _Entry(NamedTuple):
     key: ApiKey
@@ -124,6 +131,11 @@ class Authenticator:
         """Read the keys now."""
         self._keys.reload()
 
+    @property
+    def may_look_again(self) -> bool:
+        """Whether keys were not read just now, so that one that is not known may have been made since."""
+        return self._keys.since_tried > _LOOK_AGAIN_SECONDS
+
     def authenticate(self, headers: Mapping[str, str], cookies: Mapping[str, str], method: str = "POST") -> Principal:
         """Who sends a request with these headers (names in lower case, or a mapping that does not care) and cookies.
 
@@ -163,9 +175,6 @@ class Authenticator:
             raise ApiError(503, "keys_unreadable", "Keys cannot be checked at the moment; try again.")
         found = KEY_PATTERN.fullmatch(text)
         entry = keys.get(found.group(1)) if found else None
-        if found and entry is None and self._keys.since_tried > _LOOK_AGAIN_SECONDS:  # perhaps it was made this second
-            self._keys.reload()
-            entry = self._keys.get().get(found.group(1))
         if found is None or entry is None or not is_secret_of(found.group(2), entry.key):
             raise Unauthorized("invalid_api_key", "This API key is not known.")
         if entry.key.revoked_at is not None:

@@ -1,16 +1,37 @@
 """Handing events to the store and waiting until they are durable; what fails is an answer that says so."""
 
 import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from ..errors import FlywheelError
 from ..service_records import Events
 from ..store.database import StoreUnavailable
 from ..store.journal import JournalFull
-from .errors import ApiError
-from .hub import Hub
+from .errors import ApiError, store_away
+
+if TYPE_CHECKING:
+    from .hub import Hub
+
+PATIENCE_SECONDS = 15.0
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def put(hub: Hub, events: Events) -> asyncio.Future[None]:
+async def ask(read: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What a method of the store returns, without blocking anybody else.
+
+    Raises:
+        ApiError: 503, the store does not answer in time.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await asyncio.to_thread(read, *arguments, **named)
+    except (StoreUnavailable, TimeoutError) as error:
+        raise store_away(error) from error
+
+
+def put(hub: "Hub", events: Events) -> asyncio.Future[None]:
     """Hand events to the journal; too many waiting is an answer of 429."""
     try:
         return hub.journal.put(events)
@@ -20,10 +41,15 @@ def put(hub: Hub, events: Events) -> asyncio.Future[None]:
 
 
 async def durable(future: asyncio.Future[None]) -> None:
-    """Wait until the store has it; a client that leaves does not undo what was begun."""
+    """Wait until the store has it; a client that leaves does not undo what was begun.
+
+    Raises:
+        ApiError: 503 where the store does not answer in time, 409 where what the events belong to is gone.
+    """
     try:
-        await asyncio.shield(future)
-    except StoreUnavailable as error:
-        raise ApiError(503, "store_unavailable", str(error), headers={"Retry-After": "2"}) from error
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await asyncio.shield(future)
+    except (StoreUnavailable, TimeoutError) as error:
+        raise store_away(error) from error
     except FlywheelError as error:  # what it belongs to is gone, erased meanwhile
         raise ApiError(409, "not_stored", "This could not be stored: what it belongs to is no longer there.") from error

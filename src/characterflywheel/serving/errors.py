@@ -1,5 +1,6 @@
 """What the chat service answers when it cannot do what was asked: OpenAI-shaped errors (DESIGN section 10)."""
 
+import logging
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from ..errors import FlywheelError
 from ..records import Record
 from ..store.database import StoreUnavailable
 
+_log = logging.getLogger(__name__)
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error",
@@ -58,6 +60,12 @@ def not_found(what: str, id: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"{what}_not_found", f"There is no {what} {id!r}.", param)
 
 
+def store_away(error: Exception) -> ApiError:
+    """503: what is wrong with the store, and where it is, is for the log only."""
+    _log.error("the store does not answer: %s", error or type(error).__name__)
+    return ApiError(503, "store_unavailable", "The store does not answer; try again.", headers={"Retry-After": "2"})
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every error that can leave a route the same shape."""
 
@@ -79,10 +87,14 @@ def add_handlers(app: FastAPI) -> None:
 
     async def remedy(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, StoreUnavailable):
-            return ApiError(503, "store_unavailable", str(error), headers={"Retry-After": "2"}).response()
+            return store_away(error).response()
         code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else "invalid_request"
         return ApiError(400, code, str(error)).response()
 
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, "internal_error", "Something went wrong here; the log says what.").response()
+
+    app.add_exception_handler(Exception, unforeseen)
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)

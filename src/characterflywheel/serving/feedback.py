@@ -5,7 +5,6 @@ Ours: `{"message_id", "kind", "value", "text"}`. Also understood, by the reply's
 tools send them, and metrics with a `metric_name` and a boolean or a number as gateways do.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -143,11 +142,6 @@ def _moment(at: datetime | None, message: Message, now: datetime) -> datetime:
             422, "time_before", f"at = {at.isoformat()}, the message is of {message.created_at.isoformat()}.", "at"
         )
     return at
-
-
-def body_digest(raw: bytes) -> str:
-    """What tells one request body from another."""
-    return hashlib.sha256(raw).hexdigest()
 
 
 def _number(value: float | bool | str | None) -> float | None:

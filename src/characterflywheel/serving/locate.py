@@ -4,15 +4,14 @@ A client of OpenAI's API knows no conversation ids and sends everything said so 
 conversation whose last reply it ends with (a `Tip`); a history that we never served is taken in as it is given.
 """
 
-import asyncio
 from datetime import datetime
 from typing import NamedTuple
 
 from ..ids import derive_id, uuid7
-from ..records import Character, ChatMessage, Conversation, Message, User
+from ..records import GIVEN, Character, ChatMessage, Conversation, Message, User
 from ..safety.policy import Subject
 from ..service_records import Events
-from .durable import durable, put
+from .durable import ask, durable, put
 from .errors import ApiError, not_found
 from .hub import Hub
 from .paths import digest, path, said, seen
@@ -55,7 +54,7 @@ async def locate(
 
 async def own_conversation(hub: Hub, id: str, user: User) -> Conversation:
     """A conversation of this user with its messages; to anybody else it does not exist."""
-    found = await asyncio.to_thread(hub.store.conversation, id)
+    found = await ask(hub.store.conversation, id)
     if found is None or found.user_id != user.id:
         raise not_found("conversation", id, "flywheel_conversation")
     return found
@@ -79,7 +78,7 @@ async def _onward(
     if known is not None:
         before = path(conversation.messages, known.parent_id) if known.parent_id else []
         return Asked(user, character, conversation.id, seen(before), said(before), known, Events())
-    signals = await asyncio.to_thread(hub.store.signals_of, conversation.id)
+    signals = await ask(hub.store.signals_of, conversation.id)
     picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
     before = path(conversation.messages, request.flywheel_parent, picks)
     if request.flywheel_parent and not before:
@@ -97,7 +96,7 @@ async def _onward(
 
 async def _again(hub: Hub, reply_id: str, character: Character, user: User) -> Asked:
     """Another reply to the utterance that `reply_id` answered; nothing new is said."""
-    reply = await asyncio.to_thread(hub.store.message, reply_id)
+    reply = await ask(hub.store.message, reply_id)
     if reply is None or reply.user_id != user.id:
         raise not_found("message", reply_id, "flywheel_regenerate")
     conversation = await own_conversation(hub, reply.conversation_id, user)
@@ -119,7 +118,7 @@ async def _by_history(
     *given, last = [m for m in request.messages if m.role in ("user", "assistant")]
     history = tuple(ChatMessage(role="user" if m.role == "user" else "assistant", content=m.text) for m in given)
     if any(m.role == "assistant" for m in history):
-        tip = await asyncio.to_thread(hub.store.tip, digest(user.id, character.id, history))
+        tip = await ask(hub.store.tip, digest(user.id, character.id, history))
         if tip is not None and tip.user_id == user.id:
             conversation = await own_conversation(hub, tip.conversation_id, user)
             before = path(conversation.messages, tip.message_id)
@@ -139,7 +138,7 @@ async def _by_history(
         taken_in.append(
             Message(
                 id=id, conversation_id=opened.id, user_id=user.id, role=message.role, content=message.content,
-                parent_id=parent, created_at=at,
+                model=GIVEN if message.role == "assistant" else None, parent_id=parent, created_at=at,
             )
         )  # fmt: skip
     parent = taken_in[-1].id if taken_in else None
@@ -177,5 +176,5 @@ async def _its_character(hub: Hub, conversation: Conversation, asked: Character)
         )
     if conversation.character_version == asked.version:
         return asked
-    found = await asyncio.to_thread(hub.store.character, conversation.character_id, conversation.character_version)
+    found = await ask(hub.store.character, conversation.character_id, conversation.character_version)
     return found or asked

@@ -16,6 +16,7 @@ from ..cards.card import read_json
 from ..cards.png import picture_of
 from ..records import Character, Record
 from ..service_records import Publication, PublicationState
+from .durable import ask
 from .errors import ApiError, not_found
 from .hub import Hub
 from .pictures import find
@@ -123,7 +124,7 @@ async def create(request: Request, hub: Shared, principal: Creating) -> Characte
     """Submit a character. It is published if safety finds nothing, else a person decides."""
     made = await _read(request, None)
     id = made.character.id
-    if await asyncio.to_thread(hub.store.character, id) is not None:
+    if await ask(hub.store.character, id) is not None:
         raise ApiError(409, "character_exists", f"Character {id!r} exists: change it with PUT.", "id")
     return await _submit(hub, made, principal.id)
 
@@ -148,8 +149,8 @@ async def retire(id: str, hub: Shared, principal: Creating) -> CharacterState:
 async def versions(id: str, hub: Shared, principal: Creating) -> VersionList:
     """Every version, and every decision."""
     await _newest(hub, id)
-    found = await asyncio.to_thread(hub.store.versions, id)
-    decisions = await asyncio.to_thread(hub.store.publication_history, id)
+    found = await ask(hub.store.versions, id)
+    decisions = await ask(hub.store.publication_history, id)
     return VersionList(data=tuple(found), decisions=tuple(decisions))
 
 
@@ -174,7 +175,7 @@ async def card(
 @router.get("/v1/reviews")
 async def reviews(hub: Shared, principal: Reviewing) -> ReviewList:
     """Characters whose newest version waits for a person."""
-    decided = await asyncio.to_thread(hub.store.publications)
+    decided = await ask(hub.store.publications)
     waiting = [id for id, publication in sorted(decided.items()) if publication.state == "review"]
     return ReviewList(data=tuple([await _state(hub, id, pictured=True) for id in waiting]))
 
@@ -218,14 +219,14 @@ async def _read(request: Request, id: str | None) -> Made:
 
 
 async def _newest(hub: Hub, id: str) -> Character:
-    found = await asyncio.to_thread(hub.store.character, id)
+    found = await ask(hub.store.character, id)
     if found is None:
         raise not_found("character", id)
     return found
 
 
 async def _state(hub: Hub, id: str, pictured: bool = False) -> CharacterState:
-    newest, decided = await _newest(hub, id), await asyncio.to_thread(hub.store.publications)
+    newest, decided = await _newest(hub, id), await ask(hub.store.publications)
     serving, publication = await hub.cast.get(id), decided.get(id)
     path = find(hub.workspace.pictures, newest) if pictured else None
     address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path else None

@@ -1,9 +1,8 @@
 """`/v1/chat/completions` and `/v1/models`: OpenAI's API with characters as models (DESIGN section 10)."""
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,8 +15,8 @@ from ..service_records import Remembered
 from .backends import BackendError
 from .errors import ApiError, not_found
 from .event_stream import EventStream
-from .feedback import body_digest
 from .hub import Hub
+from .idempotency import alone, as_stored, begun, body_digest, remembered
 from .locate import locate
 from .schemas import (
     ChatChunk,
@@ -88,9 +87,9 @@ async def _whole_once(
     hub: Hub, body: ChatRequest, user: User, key: str | None, raw: bytes
 ) -> tuple[str, int, dict[str, str]]:
     """Content, status and headers of a whole answer; a request with a known idempotency key gets the same again."""
-    async with _alone(hub, key):
+    async with alone(hub, key):
         digest = body_digest(raw) if key else None
-        known = await _remembered(hub, key, digest)
+        known = await remembered(hub, key, digest)
         if known is not None:
             return known.response, known.status, {"Idempotent-Replayed": "true"}
         return await _whole(hub, body, user, key, digest), 200, {}
@@ -100,9 +99,9 @@ async def _stream_once(
     hub: Hub, body: ChatRequest, user: User, key: str | None, raw: bytes
 ) -> AsyncGenerator[bytes, None]:
     """The events of a streamed answer; a request with a known idempotency key gets the same text again."""
-    async with _alone(hub, key):
+    async with alone(hub, key):
         digest = body_digest(raw) if key else None
-        known = await _remembered(hub, key, digest)
+        known = await remembered(hub, key, digest)
         if known is not None:
             events = _replayed(known.response)
         else:
@@ -110,41 +109,6 @@ async def _stream_once(
         async with aclosing(events):
             async for event in events:
                 yield event
-
-
-@asynccontextmanager
-async def _alone(hub: Hub, key: str | None) -> AsyncIterator[None]:
-    """Let requests with one idempotency key pass one after the other: the second finds the first's answer."""
-    if key is None:
-        yield
-        return
-    while (running := hub.being_answered.get(key)) is not None:
-        await asyncio.wait([running])
-    answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    hub.being_answered[key] = answered
-    try:
-        yield
-    finally:
-        del hub.being_answered[key]
-        answered.set_result(None)
-
-
-async def _remembered(hub: Hub, key: str | None, digest: str | None) -> Remembered | None:
-    """The answer that a key was given; None where it has none yet, perhaps because the first try failed."""
-    if key is None:
-        return None
-    for id in (key, _begun(key)):
-        known = await asyncio.to_thread(hub.store.remembered, id)
-        if known is not None and known.body != digest:
-            raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
-        if known is not None and id == key:
-            return known
-    return None
-
-
-def _begun(key: str) -> str:
-    """The id of the row that says which body a key began with, before there is an answer."""
-    return f"{key}-begun"
 
 
 async def _whole(hub: Hub, body: ChatRequest, user: User, key: str | None, digest: str | None) -> str:
@@ -156,8 +120,9 @@ async def _whole(hub: Hub, body: ChatRequest, user: User, key: str | None, diges
         except BackendError as error:
             raise unanswered(hub, turn, error) from error
         answer = _completion(turn, said).model_dump_json()
-        await commit(hub, turn, said, _memory(hub, user, key, digest, answer))
-    return answer
+        memory = _memory(hub, user, key, digest, answer)
+        await commit(hub, turn, said, memory)
+        return await as_stored(hub, memory, answer)
 
 
 def _memory(hub: Hub, user: User, key: str | None, digest: str | None, answer: str) -> Remembered | None:
@@ -183,7 +148,10 @@ async def _stream(
                     shown = said.text
             assert said is not None
             answer = _completion(turn, [said]).model_dump_json()
-            await commit(hub, turn, [said], _memory(hub, turn.asked.user, key, digest, answer))
+            memory = _memory(hub, turn.asked.user, key, digest, answer)
+            await commit(hub, turn, [said], memory)
+            if await as_stored(hub, memory, answer) != answer:
+                raise ApiError(409, "answered_elsewhere", "Another process answered this key: ask again to see how.")
         except BackendError as error:
             problem = unanswered(hub, turn, error)
             if not shown:
@@ -221,8 +189,8 @@ async def _begin(hub: Hub, body: ChatRequest, user: User, key: str | None, diges
     character = await _character(hub, body.model)
     asked = await locate(hub, body, character, user, hub.clock(), key)
     if key and digest:
-        begun = Remembered(id=_begun(key), user_id=user.id, body=digest, status=0, response="", created_at=hub.clock())
-        asked = asked._replace(events=asked.events.model_copy(update={"remembered": (begun,)}))
+        row = begun(key, digest, user.id, hub.clock())
+        asked = asked._replace(events=asked.events.model_copy(update={"remembered": (row,)}))
     try:
         return await begin(hub, body, asked, key)
     except BackendError as error:

@@ -9,6 +9,7 @@ from pydantic import Field
 from ..experiment import running
 from ..records import Record
 from ..service_records import Experiment
+from .durable import ask
 from .errors import not_found
 from .hub import Hub
 from .schemas import Id, Request
@@ -48,7 +49,7 @@ class ExperimentChange(Request):
 @router.get("/v1/experiments")
 async def experiments(hub: Shared, principal: Experimenting) -> ExperimentList:
     """Every experiment, running or stopped, by name."""
-    found = await asyncio.to_thread(hub.store.experiments)
+    found = await ask(hub.store.experiments)
     return ExperimentList(data=tuple(found[name] for name in sorted(found)))
 
 
@@ -65,7 +66,7 @@ async def start(body: ExperimentRequest, hub: Shared, principal: Experimenting) 
 @router.patch("/v1/experiments/{name}")
 async def change(name: str, body: ExperimentChange, hub: Shared, principal: Experimenting) -> Experiment:
     """Ramp an experiment up, or stop it. Nobody changes arms."""
-    if name not in await asyncio.to_thread(hub.store.experiments):
+    if name not in await ask(hub.store.experiments):
         raise not_found("experiment", name)
     changed = await asyncio.to_thread(running.find, hub.store, name)
     if body.shares:

@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ..errors import FlywheelError
 from .auth import refuse_other_sites
 from .backends import BackendError
+from .durable import ask
 from .errors import ApiError
 from .hub import Hub
 from .schemas import Health, MeView
@@ -62,7 +63,7 @@ async def session(request: Request, hub: Shared, response: Response) -> MeView:
     if cookie:
         response.headers["set-cookie"] = cookie
     assert principal.user_id
-    user = await asyncio.to_thread(hub.store.user, principal.user_id)
+    user = await ask(hub.store.user, principal.user_id)
     return MeView(id=principal.user_id, consent=user.consent if user else hub.config.server.consent)
 
 
@@ -79,7 +80,7 @@ async def _asked(part: Callable[[], Awaitable[None]]) -> str:
 
 
 async def _store(hub: Hub) -> None:
-    await asyncio.to_thread(hub.store.position)
+    await ask(hub.store.position)
     if hub.journal.trouble:
         raise FlywheelError(hub.journal.trouble)
 

@@ -7,12 +7,14 @@ from fastapi import APIRouter, Query, Request, Response
 
 from ..cards import greetings
 from ..ids import derive_id, uuid7
+from ..instructions import repair_all
 from ..records import Character, Conversation, Message, SignalKind
 from ..service_records import Events, Remembered
-from .durable import durable, put
+from .durable import ask, durable, put
 from .errors import ApiError, not_found
-from .feedback import FeedbackRequest, body_digest, signal_of
+from .feedback import FeedbackRequest, signal_of
 from .hub import Hub
+from .idempotency import alone, as_stored, body_digest, remembered
 from .locate import own_conversation
 from .paths import path
 from .schemas import (
@@ -24,48 +26,46 @@ from .schemas import (
     MessageView,
     MeView,
 )  # fmt: skip
-from .who import Chatting, Shared, key_of, user_of
+from .who import Chatting, Shared, harmless_name, key_of, named_in, user_of
 
 router = APIRouter(tags=["people"])
+_HELLO = "Hello, it is good to see you."
 
 
 @router.post("/v1/feedback", response_model=FeedbackView)
 async def feedback(request: Request, body: FeedbackRequest, hub: Shared, principal: Chatting) -> Response:
     """Say what a user did after a reply. The answer means stored; the same act twice is one signal."""
-    speaking = principal.user_id or body.user or request.headers.get("x-flywheel-user")
+    speaking = principal.user_id or body.user or named_in(request)
     user = await user_of(hub, request, principal, body.user)
-    message = await asyncio.to_thread(hub.store.message, body.message_id)
+    message = await ask(hub.store.message, body.message_id)
     if message is None and (written := hub.being_written.get(body.message_id)) is not None:
         await asyncio.wait([written], timeout=hub.config.server.timeout_s)  # the reply is still on its way
-        message = await asyncio.to_thread(hub.store.message, body.message_id)
-    if message is None or (speaking and message.user_id != user.id):
+        message = await ask(hub.store.message, body.message_id)
+    if message is None or message.user_id != (user.id if speaking else principal.whose(message.user_id)):
         raise not_found("message", body.message_id, "message_id")
     if message.role != "assistant" or (
         message.model is None and message.id != _greeting_of(message.conversation_id, message.created_at)
     ):
         raise ApiError(422, "not_a_reply", "Feedback is on what a character said here.", "message_id")
     key = key_of(request, principal.id, user)
-    if key:
-        digest = body_digest(await request.body())
-        known = await asyncio.to_thread(hub.store.remembered, key)
+    digest = body_digest(await request.body()) if key else None
+    async with alone(hub, key):
+        known = await remembered(hub, key, digest)
         if known is not None:
-            if known.body != digest:
-                raise ApiError(409, "idempotency_conflict", "This Idempotency-Key came with another body before.")
             return Response(known.response, known.status, {"Idempotent-Replayed": "true"}, "application/json")
-    given = await asyncio.to_thread(hub.store.signals_of, message.conversation_id)
-    signal = signal_of(body, message, key, hub.clock(), given)
-    answer = FeedbackView(
-        id=signal.id, message_id=signal.message_id, kind=signal.kind, value=signal.value, text=signal.text,
-        created_at=signal.created_at,
-    ).model_dump_json()  # fmt: skip
-    memory: tuple[Remembered, ...] = ()
-    if key:
-        memory = (
-            Remembered(
+        given = await ask(hub.store.signals_of, message.conversation_id)
+        signal = signal_of(body, message, key, hub.clock(), given)
+        answer = FeedbackView(
+            id=signal.id, message_id=signal.message_id, kind=signal.kind, value=signal.value, text=signal.text,
+            created_at=signal.created_at,
+        ).model_dump_json()  # fmt: skip
+        memory = None
+        if key and digest:
+            memory = Remembered(
                 id=key, user_id=message.user_id, body=digest, status=200, response=answer, created_at=hub.clock()
-            ),
-        )
-    await durable(put(hub, Events(signals=(signal,), remembered=memory)))
+            )
+        await durable(put(hub, Events(signals=(signal,), remembered=(memory,) if memory else ())))
+        answer = await as_stored(hub, memory, answer)
     hub.metrics.signals.labels(signal.kind).inc()
     return Response(answer, media_type="application/json")
 
@@ -79,7 +79,7 @@ async def open_conversation(
     character = await hub.cast.get(body.character)
     if character is None:
         raise not_found("character", body.character, "character")
-    known = greetings(character, body.user_name)
+    known = greetings(character, await harmless_name(hub, body.user_name))
     if body.greeting >= len(known):
         raise ApiError(422, "no_such_greeting", f"{character.name} has greetings 0 to {len(known) - 1}.", "greeting")
     at = hub.clock()
@@ -88,11 +88,14 @@ async def open_conversation(
         source=user.population, created_at=at,
     )  # fmt: skip
     greeting: tuple[Message, ...] = ()
-    if known[body.greeting].strip():
+    text = known[body.greeting].strip()
+    if text and not (await hub.moderator.check(text)).allowed:
+        text = repair_all(character, _HELLO)
+    if text:
         greeting = (
             Message(
                 id=_greeting_of(conversation.id, at), conversation_id=conversation.id, user_id=user.id,
-                role="assistant", content=known[body.greeting], created_at=at,
+                role="assistant", content=text, created_at=at,
             ),
         )  # fmt: skip
     await durable(put(hub, Events(users=(user,), conversations=(conversation,), messages=greeting)))
@@ -105,7 +108,7 @@ async def conversations(
 ) -> ConversationList:
     """The user's conversations, newest first."""
     user = await user_of(hub, request, principal)
-    found = await asyncio.to_thread(hub.store.conversations_of, user.id, limit, before)
+    found = await ask(hub.store.conversations_of, user.id, limit, before)
     views = [_view(one, await _character(hub, one)) for one in found]
     return ConversationList(data=tuple(views), next=found[-1].id if len(found) == limit else None)
 
@@ -115,7 +118,7 @@ async def conversation(id: str, request: Request, hub: Shared, principal: Chatti
     """A conversation with all its messages, alternatives included."""
     user = await user_of(hub, request, principal)
     found = await own_conversation(hub, id, user)
-    signals = await asyncio.to_thread(hub.store.signals_of, found.id)
+    signals = await ask(hub.store.signals_of, found.id)
     picks = [(one.message_id, one.created_at) for one in signals if one.kind == "pick"]
     given: dict[str, list[SignalKind]] = {}
     for one in signals:
@@ -132,10 +135,10 @@ async def me(request: Request, hub: Shared, principal: Chatting) -> MeView:
 
 @router.patch("/v1/me")
 async def change_me(request: Request, body: MeRequest, hub: Shared, principal: Chatting) -> MeView:
-    """Agree, or no longer agree, that messages are used for training: for all ever written."""
+    """Agree, or no longer agree, that messages are used for training: from the next window on, all ever written."""
     user = await user_of(hub, request, principal)
     await durable(put(hub, Events(users=(user,))))
-    await asyncio.to_thread(hub.store.set_consent, user.id, body.consent)
+    await ask(hub.store.set_consent, user.id, body.consent)
     hub.users.pop(user.id, None)
     return MeView(id=user.id, consent=body.consent)
 
@@ -172,4 +175,4 @@ async def _character(hub: Hub, conversation: Conversation) -> Character | None:
     known = await hub.cast.get(conversation.character_id)
     if known is not None:
         return known
-    return await asyncio.to_thread(hub.store.character, conversation.character_id, conversation.character_version)
+    return await ask(hub.store.character, conversation.character_id, conversation.character_version)

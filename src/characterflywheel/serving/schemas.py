@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serial
 
 from ..records import Finish, Record, Role, SignalKind
 
-Id = Annotated[str, Field(min_length=1, max_length=128)]
+Id = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+UserName = Annotated[str, Field(max_length=32, pattern=r"^[\w][\w .'’-]*$")]
 UserId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -57,7 +58,7 @@ class ChatRequest(Request):
     flywheel_conversation: Id | None = Field(None, description="go on with this conversation; its history is ours")
     flywheel_regenerate: Id | None = Field(None, description="write another reply in place of this one, which is kept")
     flywheel_parent: Id | None = Field(None, description="the reply that is answered; the current one if absent")
-    flywheel_user_name: Annotated[str, Field(max_length=64)] | None = Field(None, description="for {{user}} in cards")
+    flywheel_user_name: UserName | None = Field(None, description="for {{user}} in cards")
 
     @field_validator("messages")
     @classmethod
@@ -199,7 +200,7 @@ class ConversationRequest(Request):
     character: Id
     user: UserId | None = None
     greeting: int = Field(0, ge=0, le=1000)
-    user_name: Annotated[str, Field(max_length=64)] = Field("User", description="for {{user}} in cards")
+    user_name: UserName = Field("User", description="for {{user}} in cards")
 
 
 class MeView(Record):

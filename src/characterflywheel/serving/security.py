@@ -47,6 +47,8 @@ _SECRETS = re.compile(
     re.IGNORECASE,
 )
 
+_CONTROL = re.compile(rb"%[01][0-9a-fA-F]|%7[fF]")
+
 
 class BodyLimit:
     """Refuses bodies above `most` bytes with 413: by Content-Length before anything is read, else as they come.
@@ -125,6 +127,22 @@ class SecurityHeaders:
             await send(message)
 
         await self.app(scope, receive, careful)
+
+
+class PlainAddresses:
+    """Refuses addresses with control characters with 400: no database is asked about them, and no log holds them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (
+            any(character < " " for character in scope["path"]) or _CONTROL.search(scope.get("query_string", b""))
+        ):
+            for message in _error(400, "invalid_address", "The address holds control characters."):
+                await send(message)
+            return
+        await self.app(scope, receive, send)
 
 
 class RequestIds:

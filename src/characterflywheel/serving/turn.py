@@ -31,6 +31,7 @@ from .locate import Asked
 from .paths import digest
 from .schemas import ChatRequest
 from .telemetry import Span, chat_span
+from .who import harmless_name
 
 _CANCELLED: Finish = "cancelled"
 _log = logging.getLogger(__name__)
@@ -88,9 +89,10 @@ async def begin(hub: Hub, request: ChatRequest, asked: Asked, key: str | None) -
         hub.assigner.exposed(exposure)
     context = asked.history[-1].content if asked.history else ""
     verdict = await hub.moderator.check(asked.utterance.content, context=context, subject="prompt")
+    name = await harmless_name(hub, request.flywheel_user_name)
     return Turn(
         asked=asked, model=model, assigned=assigned, sampling=_sampling(hub, request),
-        prompt=_prompt(hub, request, asked), refusal=None if verdict.allowed else verdict, earlier=earlier,
+        prompt=_prompt(hub, asked, name), refusal=None if verdict.allowed else verdict, earlier=earlier,
         reply_ids=tuple(derive_id("reply", key, i) if key else uuid7() for i in range(request.n or 1)),
         keyed=key is not None,
     )  # fmt: skip
@@ -164,6 +166,7 @@ async def commit(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered 
     for one in said:
         kind = "fallback" if one.fallback else "reply"
         hub.metrics.replies.labels(turn.model, turn.arm_name, kind).inc()
+    for one in said[:1] if turn.refusal else said:
         for category in one.verdict.categories if one.verdict else ():
             hub.metrics.refused.labels("prompt" if turn.refusal else "reply", category).inc()
 
@@ -191,10 +194,9 @@ def estimated_tokens(text: str) -> int:
     return len(text.encode()) // 3 + 1
 
 
-def _prompt(hub: Hub, request: ChatRequest, asked: Asked) -> tuple[ChatMessage, ...]:
+def _prompt(hub: Hub, asked: Asked, name: str) -> tuple[ChatMessage, ...]:
     history = [*asked.history, ChatMessage(role="user", content=asked.utterance.content)]
-    budget, name = hub.config.server.max_prompt_tokens, request.flywheel_user_name or "User"
-    return tuple(assemble(asked.character, history, budget, estimated_tokens, name))
+    return tuple(assemble(asked.character, history, hub.config.server.max_prompt_tokens, estimated_tokens, name))
 
 
 def _backend(hub: Hub, turn: Turn) -> Backend:
@@ -275,7 +277,8 @@ def _events(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered | Non
     )  # fmt: skip
     moderations = tuple(
         Moderation(
-            id=derive_id("moderation", one.id, at=now), message_id=asked.utterance.id if turn.refusal else one.id,
+            id=derive_id("moderation", asked.utterance.id if turn.refusal else one.id),
+            message_id=asked.utterance.id if turn.refusal else one.id,
             subject="prompt" if turn.refusal else "reply", allowed=one.verdict.allowed,
             categories=one.verdict.categories, withheld=one.withheld, created_at=now, **place,
         )

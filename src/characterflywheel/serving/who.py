@@ -1,6 +1,5 @@
 """Who asks: the principal behind a request, the user it speaks for, and whether both may ask again already."""
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
@@ -9,7 +8,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from ..records import User
-from .auth import Principal
+from .auth import Principal, Unauthorized
+from .durable import ask
 from .errors import ApiError
 from .hub import Hub
 
@@ -28,7 +28,13 @@ def may(scope: str) -> Callable[[Request], Awaitable[Principal]]:
 
     async def principal(request: Request) -> Principal:
         hub = await hub_of(request)
-        found = hub.authenticator.authenticate(request.headers, request.cookies, request.method)
+        try:
+            found = hub.authenticator.authenticate(request.headers, request.cookies, request.method)
+        except Unauthorized as error:
+            if error.code != "invalid_api_key" or not hub.authenticator.may_look_again:
+                raise
+            await ask(hub.authenticator.reload)
+            found = hub.authenticator.authenticate(request.headers, request.cookies, request.method)
         found.require(scope)
         _within(hub, "key", found.id)
         return found
@@ -44,14 +50,18 @@ Experimenting = Annotated[Principal, Depends(may("experiments"))]
 Shared = Annotated[Hub, Depends(hub_of)]
 
 
+def named_in(request: Request) -> str | None:
+    """The user whom a request names outside its body."""
+    return request.headers.get("x-flywheel-user") or request.query_params.get("user")
+
+
 async def user_of(hub: Hub, request: Request, principal: Principal, named: str | None = None) -> User:
     """The user that a request speaks for: the principal's own, or for an application's key whom the request names.
 
     Raises:
         ApiError: 403 where a bound key or a session names somebody else, 429 above the user's rate.
     """
-    named = named or request.headers.get("x-flywheel-user") or request.query_params.get("user")
-    id = principal.speaks_for(named)
+    id = principal.speaks_for(named or named_in(request))
     if len(id) > 128 or not id.isprintable():
         raise ApiError(400, "invalid_user", "A user's id has at most 128 printable characters.", "user")
     if id != f"key-{principal.id}":  # an application that names nobody is limited as a key
@@ -60,13 +70,21 @@ async def user_of(hub: Hub, request: Request, principal: Principal, named: str |
     recent = hub.users.get(id)
     if recent is not None and now - recent[1] < _REMEMBER_SECONDS:
         return recent[0]
-    user = await asyncio.to_thread(hub.store.user, id) or User(
+    user = await ask(hub.store.user, id) or User(
         id=id, population="user", consent=hub.config.server.consent, created_at=hub.clock()
     )  # fmt: skip
     if len(hub.users) >= _REMEMBER_USERS:
         hub.users.clear()
     hub.users[id] = (user, now)
     return user
+
+
+async def harmless_name(hub: Hub, name: str | None) -> str:
+    """The name by which a character calls the user: theirs, unless safety does not let it pass."""
+    usual = "User"
+    if name is None or name == usual or not (await hub.moderator.check(name, subject="prompt")).allowed:
+        return usual
+    return name
 
 
 def key_of(request: Request, principal: str, user: User) -> str | None:

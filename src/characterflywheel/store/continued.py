@@ -1,8 +1,8 @@
 """Who went on and who left, read off real conversations: the `continue` signal (PAPER sections 3 and 7).
 
 Nobody presses a button to go on. A reply was continued (1) when the user wrote again after it within some hours, and
-was not (0) when they did not. What is too recent to tell has no row, and neither has a canned reply, a greeting, or a
-conversation that carries `continue` rows of its own.
+was not (0) when they did not. What is too recent to tell has no row, and neither has a canned reply, a greeting, a
+reply that a client brought, or a conversation that carries `continue` rows of its own.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 
 from ..ids import derive_id
-from ..records import Conversation, Message, Signal
+from ..records import GIVEN, Conversation, Message, Signal
 
 
 def continued(
@@ -28,7 +28,7 @@ def continued(
             continue
         talk = [message for message in conversation.messages if message.role != "system"]
         for (asked, reply), after in zip(pairwise(talk), [*talk[2:], None], strict=False):
-            if (asked.role, reply.role) != ("user", "assistant") or reply.fallback:
+            if (asked.role, reply.role) != ("user", "assistant") or reply.fallback or reply.model == GIVEN:
                 continue
             if after is not None and after.role != "user":  # said in two pieces: what follows is about the second
                 continue

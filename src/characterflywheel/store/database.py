@@ -137,7 +137,10 @@ def _postgresql(address: str, patience_s: float) -> Engine:
     try:
         engine = create_engine(
             url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True,
-            connect_args={"connect_timeout": 10},
+            connect_args={
+                "connect_timeout": 10, "tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5,
+                "keepalives_count": 2,
+            },
         )  # fmt: skip
     except ImportError as error:
         raise FlywheelError('PostgreSQL needs psycopg: pip install "psycopg[binary]".') from error

@@ -262,6 +262,11 @@ class EventStore:
         with self._look() as connection:
             return lookups.cast(connection)
 
+    def last_publication(self) -> int:
+        """The number of the newest decision about any character: while it stays, so does `cast`."""
+        with self.read() as connection:
+            return lookups.last_publication(connection)
+
     def message(self, id: str) -> Message | None:
         """A message by id."""
         with self._look() as connection:
@@ -289,9 +294,11 @@ class EventStore:
                 )
         return Position.model_validate(last)
 
-    def export(self, folder: Path, after: Position, until: Position, *, consenting_only: bool = True) -> None:
+    def export(
+        self, folder: Path, after: Position, until: Position, *, consenting_only: bool = True, texts: bool = True
+    ) -> None:
         """Write the rows after `after` up to `until` as Parquet; see `store.export`."""
-        write_window(self, folder, after, until, consenting_only=consenting_only)
+        write_window(self, folder, after, until, consenting_only=consenting_only, texts=texts)
 
     # Transactions
 

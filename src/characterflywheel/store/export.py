@@ -6,11 +6,11 @@ arrival, so the same window gives the same bytes, whatever the database.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import ColumnElement, Connection, Table, and_, select, true, tuple_, union
+from sqlalchemy import ColumnElement, Connection, Table, and_, literal, null, select, true, tuple_, union
 
 from .. import tables
 from ..records import Character, Conversation, Exposure, Message, Record, Signal, User
@@ -23,14 +23,16 @@ _ROWS_AT_ONCE = 50_000
 
 
 def export(
-    store: "EventStore", folder: Path, after: "Position", until: "Position", *, consenting_only: bool = True
-) -> None:
+    store: "EventStore", folder: Path, after: "Position", until: "Position", *, consenting_only: bool = True,
+    texts: bool = True,
+) -> None:  # fmt: skip
     """Write the events after `after` up to and including `until`, and all they refer to, into `folder`.
 
     Files: messages.parquet, signals.parquet, exposures.parquet (the window), users.parquet and
     conversations.parquet (those the window refers to; a conversation's messages are in messages.parquet),
     characters.jsonl (theirs, with versions). With `consenting_only`, users who have not agreed to training are left
-    out of every file, and so are conversations that they opened; an experiment is analysed over everyone.
+    out of every file, and so are conversations that they opened. An experiment is analysed over everyone, and needs
+    no word of what they said: without `texts`, contents are empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refusing = select(users.c.id).where(~users.c.consent)
@@ -50,8 +52,8 @@ def export(
     )
     cast = select(conversations.c.character_id, conversations.c.character_version).where(talks)
     with store.read() as connection:
-        _write(connection, folder, Message, messages, said)
-        _write(connection, folder, Signal, signals, window(signals))
+        _write(connection, folder, Message, messages, said, texts)
+        _write(connection, folder, Signal, signals, window(signals), texts)
         _write(connection, folder, Exposure, exposures, window(exposures))
         _write(connection, folder, User, users, users.c.id.in_(people))
         _write(connection, folder, Conversation, conversations, talks)
@@ -97,12 +99,16 @@ def newest_path(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _write(
-    connection: Connection, folder: Path, record: type[Record], table: Table, condition: ColumnElement[bool]
-) -> None:
+    connection: Connection, folder: Path, record: type[Record], table: Table, condition: ColumnElement[bool],
+    texts: bool = True,
+) -> None:  # fmt: skip
     """Write the rows of `table` that meet `condition`, in order of arrival, a batch at a time."""
     schema = tables.arrow_schema(record)
     kept = [field for field in schema.names if field in table.c]
-    wanted = select(*(table.c[field] for field in kept)).where(condition).order_by(table.c.seq)
+    silent: dict[str, ColumnElement[Any]] = {}
+    if not texts:
+        silent = {"content": literal("").label("content"), "text": null().label("text")}
+    wanted = select(*(silent.get(field, table.c[field]) for field in kept)).where(condition).order_by(table.c.seq)
     rows = connection.execute(wanted, execution_options={"stream_results": True})
     with pq.ParquetWriter(folder / f"{table.name}.parquet", schema, compression="zstd") as writer:
         while batch := rows.fetchmany(_ROWS_AT_ONCE):

@@ -92,6 +92,11 @@ def cast(connection: Connection) -> dict[str, Character]:
     return {id: one for id, one in sorted(found.items()) if one is not None}
 
 
+def last_publication(connection: Connection) -> int:
+    """The number of the newest decision about any character; 0 where there is none."""
+    return connection.scalar(select(func.coalesce(func.max(publications.c.seq), 0))) or 0
+
+
 def signals_of(connection: Connection, conversation_id: str) -> list[Signal]:
     """The signals on a conversation's messages, in order of arrival."""
     theirs = select(messages.c.id).where(messages.c.conversation_id == conversation_id)
