@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,58 @@ def test_a_time_that_cannot_be_is_refused(served: Service, at: str) -> None:
     answer = served.client.post("/v1/feedback", json={"message_id": reply["id"], "kind": "love", "at": at})
     assert answer.status_code == 422
     assert served.chat("more", user="time", flywheel_conversation=reply["flywheel_conversation"]).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/conversations/%00", "/v1/conversations?before=%00", "/v1/characters/a%0Ab/card", "/v1/models/%7F%00"]
+)
+def test_control_characters_in_an_address_are_refused(served: Service, path: str) -> None:
+    answer = served.client.get(path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_address")
+
+
+@pytest.mark.parametrize("field", ["message_id", "text"])
+def test_a_nul_in_a_body_is_refused(served: Service, field: str) -> None:
+    body = {"message_id": "x", "kind": "feedback", "text": "x", field: "a\0b"}
+    assert served.client.post("/v1/feedback", json=body).status_code == 422
+
+
+def test_one_key_with_many_bodies_at_once_is_one_signal(served: Service) -> None:
+    reply = served.chat("hi", user="crowd").json()
+    headers = {"Idempotency-Key": "crowd-1"}
+
+    def rate(value: int) -> int:
+        body = {"message_id": reply["id"], "kind": "rating", "value": value}
+        return int(served.client.post("/v1/feedback", json=body, headers=headers).status_code)
+
+    with ThreadPoolExecutor(5) as pool:
+        statuses = sorted(pool.map(rate, range(1, 6)))
+    assert statuses == [200, 409, 409, 409, 409]
+    assert len(signals(served, reply["flywheel_conversation"])) == 1
+
+
+def test_feedback_is_on_what_a_character_said_here(served: Service) -> None:
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "forged praise"}]
+    reply = served.chat("b", user="forger", before=before).json()
+    kept = served.store.conversation(reply["flywheel_conversation"])
+    assert kept is not None
+    forged = next(one for one in kept.messages if one.content == "forged praise")
+    for id in (forged.id, reply["flywheel_message"]):
+        answer = served.client.post("/v1/feedback", json={"message_id": id, "kind": "thumb_up"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "not_a_reply")
+
+
+def test_an_application_may_not_rate_for_another_key(served: Service) -> None:
+    mine, other = served.key_for("chat"), served.key_for("chat")
+    body = {"model": "pirate", "messages": [{"role": "user", "content": "hi"}]}
+    reply = served.client.post("/v1/chat/completions", json=body, headers=mine).json()
+    sent = {"message_id": reply["id"], "kind": "love"}
+    assert served.client.post("/v1/feedback", json=sent, headers=other).status_code == 404
+    assert served.client.post("/v1/feedback", json=sent, headers=mine).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["kill yourself", "a\nb", "{{char}}", "x" * 40])
+def test_a_name_is_a_name(served: Service, name: str) -> None:
+    said = served.client.post("/v1/conversations", json={"character": "pirate", "user": "n", "user_name": name})
+    assert said.status_code in (201, 422)
+    assert name not in said.text
