@@ -17,7 +17,7 @@ SignalKind = Literal[
     "feedback",
 ]  # fmt: skip
 GIVEN = "client"
-"""The `model` of a reply that no model here wrote: it came with the history that a client sent."""
+"""The `model` of messages that came with the history that a client sent: nobody said them here."""
 Finish = Literal["stop", "length", "cancelled", "error"]
 Split = Literal["annotate", "train", "evaluate", "experiment"]
 

@@ -230,3 +230,17 @@ def test_a_key_whose_first_try_failed_still_belongs_to_its_body(served: Service)
         connection.exec_driver_sql("DELETE FROM remembered WHERE status = 200 AND user_id = 'keyed'")
     assert served.chat("other words", user="keyed", headers=headers).status_code == 409
     assert served.chat("mine", user="keyed", headers=headers).status_code == 200
+
+
+def test_a_client_that_keeps_a_window_stays_in_its_conversation(served: Service) -> None:
+    told: list[dict[str, str]] = []
+    places = []
+    for i in range(8):
+        answer = served.chat(f"message {i}", user="window", before=told[-6:]).json()
+        places.append(answer["flywheel_conversation"])
+        said = answer["choices"][0]["message"]["content"]
+        told += [{"role": "user", "content": f"message {i}"}, {"role": "assistant", "content": said}]
+    assert len(set(places)) == 1
+    kept = served.store.conversation(places[0])
+    assert kept is not None
+    assert len(kept.messages) == 16

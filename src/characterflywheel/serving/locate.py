@@ -4,6 +4,7 @@ A client of OpenAI's API knows no conversation ids and sends everything said so 
 conversation whose last reply it ends with (a `Tip`); a history that we never served is taken in as it is given.
 """
 
+import asyncio
 from datetime import datetime
 from typing import NamedTuple
 
@@ -14,8 +15,11 @@ from ..service_records import Events
 from .durable import ask, durable, put
 from .errors import ApiError, not_found
 from .hub import Hub
-from .paths import digest, path, said, seen
+from .paths import WINDOW, digest, path, said, seen
 from .schemas import ChatRequest
+from .tokens import estimated_tokens
+
+_CHECKS_AT_ONCE = 8
 
 
 class Asked(NamedTuple):
@@ -119,6 +123,8 @@ async def _by_history(
     history = tuple(ChatMessage(role="user" if m.role == "user" else "assistant", content=m.text) for m in given)
     if any(m.role == "assistant" for m in history):
         tip = await ask(hub.store.tip, digest(user.id, character.id, history))
+        if tip is None and len(history) >= WINDOW:  # a client that keeps only the newest messages
+            tip = await ask(hub.store.tip, digest(user.id, character.id, history[-WINDOW:], "window"))
         if tip is not None and tip.user_id == user.id:
             conversation = await own_conversation(hub, tip.conversation_id, user)
             before = path(conversation.messages, tip.message_id)
@@ -138,7 +144,7 @@ async def _by_history(
         taken_in.append(
             Message(
                 id=id, conversation_id=opened.id, user_id=user.id, role=message.role, content=message.content,
-                model=GIVEN if message.role == "assistant" else None, parent_id=parent, created_at=at,
+                model=GIVEN, parent_id=parent, created_at=at,
             )
         )  # fmt: skip
     parent = taken_in[-1].id if taken_in else None
@@ -148,14 +154,28 @@ async def _by_history(
 
 
 async def _harmless(hub: Hub, history: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
-    """What the model may be told of a history that we never served: whatever safety lets pass."""
-    context, kept = "", []
-    for message in history:
-        subject: Subject = "prompt" if message.role == "user" else "reply"
-        if (await hub.moderator.check(message.content, context=context, subject=subject)).allowed:
-            kept.append(message)
-        context = message.content
-    return tuple(kept)
+    """What the model may be told of a history that we never served: what safety lets pass of its newest part.
+
+    What is not checked within the time of a reply is not told.
+    """
+    free, room = asyncio.Semaphore(_CHECKS_AT_ONCE), hub.config.server.max_prompt_tokens
+    newest = len(history)
+    while newest and room > 0:
+        newest -= 1
+        room -= estimated_tokens(history[newest].content)
+
+    async def allowed(i: int) -> bool:
+        subject: Subject = "prompt" if history[i].role == "user" else "reply"
+        async with free:
+            context = history[i - 1].content if i else ""
+            return (await hub.moderator.check(history[i].content, context=context, subject=subject)).allowed
+
+    try:
+        async with asyncio.timeout(hub.config.server.timeout_s):
+            verdicts = await asyncio.gather(*(allowed(i) for i in range(newest, len(history))))
+    except TimeoutError:
+        return ()
+    return tuple(message for message, fine in zip(history[newest:], verdicts, strict=True) if fine)
 
 
 def _utterance(

@@ -6,6 +6,9 @@ from datetime import datetime
 
 from ..records import ChatMessage, Message
 
+WINDOW = 4
+"""Messages by which a conversation is recognised where a client no longer sends its beginning: two turns."""
+
 
 def path(
     messages: Sequence[Message], tip: str | None = None, picked: Iterable[tuple[str, datetime]] = ()
@@ -59,9 +62,9 @@ def said(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:
     )
 
 
-def digest(user_id: str, character_id: str, messages: Iterable[ChatMessage]) -> str:
-    """The id of a tip: who talked to whom, and everything said. Space around a message does not count."""
-    running = hashlib.sha256(f"{user_id}\x1f{character_id}".encode())
+def digest(user_id: str, character_id: str, messages: Iterable[ChatMessage], what: str = "whole") -> str:
+    """The id of a tip: who talked to whom, and what was said. Space around a message does not count."""
+    running = hashlib.sha256(f"{what}\x1f{user_id}\x1f{character_id}".encode())
     for message in messages:
         running.update(f"\x1e{message.role}\x1f{message.content.strip()}".encode())
     return running.hexdigest()

@@ -22,7 +22,7 @@ from ..safety.policy import UNCHECKED
 from ..service_records import Publication, PublicationState
 from ..store import EventStore
 from ..workspace import Workspace
-from .pictures import keep, marked
+from .pictures import keep, marked, marked_like
 
 SAFETY = "safety"
 """The reviewer of decisions that classifiers made."""
@@ -76,7 +76,11 @@ class Publisher:
         folder = self.pictures
         if picture is not None and folder is None:
             raise FlywheelError("pictures are not kept here: give the publisher a folder for them.")
-        character = character if picture is None else marked(character, picture)
+        if picture is not None:
+            character = marked(character, picture)
+        else:
+            serving = await asyncio.to_thread(self.store.cast)
+            character = marked_like(character, serving.get(character.id))
         async with self._turn:  # versions are numbered one after the other
             version = await asyncio.to_thread(self._numbered, character)
             if picture is not None and folder is not None:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from ..cards import greetings
 from ..ids import derive_id, uuid7
 from ..instructions import repair_all
-from ..records import Character, Conversation, Message, SignalKind
+from ..records import GIVEN, Character, Conversation, Message, SignalKind
 from ..service_records import Events, Remembered
 from .durable import ask, durable, put
 from .errors import ApiError, not_found
@@ -43,9 +43,8 @@ async def feedback(request: Request, body: FeedbackRequest, hub: Shared, princip
         message = await ask(hub.store.message, body.message_id)
     if message is None or message.user_id != (user.id if speaking else principal.whose(message.user_id)):
         raise not_found("message", body.message_id, "message_id")
-    if message.role != "assistant" or (
-        message.model is None and message.id != _greeting_of(message.conversation_id, message.created_at)
-    ):
+    ours = message.model not in (None, GIVEN) or message.id == _greeting_of(message.conversation_id, message.created_at)
+    if message.role != "assistant" or not ours:
         raise ApiError(422, "not_a_reply", "Feedback is on what a character said here.", "message_id")
     key = key_of(request, principal.id, user)
     digest = body_digest(await request.body()) if key else None

@@ -28,9 +28,10 @@ from .durable import durable, put
 from .errors import ApiError
 from .hub import Hub
 from .locate import Asked
-from .paths import digest
+from .paths import WINDOW, digest
 from .schemas import ChatRequest
 from .telemetry import Span, chat_span
+from .tokens import estimated_tokens
 from .who import harmless_name
 
 _CANCELLED: Finish = "cancelled"
@@ -189,11 +190,6 @@ def _sampling(hub: Hub, request: ChatRequest) -> Sampling:
     )
 
 
-def estimated_tokens(text: str) -> int:
-    """At least as many tokens as models make of ordinary text: one for three bytes (English has about four)."""
-    return len(text.encode()) // 3 + 1
-
-
 def _prompt(hub: Hub, asked: Asked, name: str) -> tuple[ChatMessage, ...]:
     history = [*asked.history, ChatMessage(role="user", content=asked.utterance.content)]
     return tuple(assemble(asked.character, history, hub.config.server.max_prompt_tokens, estimated_tokens, name))
@@ -285,13 +281,7 @@ def _events(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered | Non
         for one in said if one.verdict is not None and not one.verdict.allowed
     )  # fmt: skip
     told = [*asked.seen, ChatMessage(role="user", content=asked.utterance.content)]
-    tips = tuple(
-        Tip(
-            id=digest(asked.user.id, asked.character.id, [*told, ChatMessage(role="assistant", content=one.text)]),
-            message_id=one.id, **place,
-        )
-        for one in said
-    )  # fmt: skip
+    tips = tuple(tip for one in said for tip in _tips(asked, told, one))
     signals: tuple[Signal, ...] = ()
     if asked.replaces:
         signals = (
@@ -304,3 +294,12 @@ def _events(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered | Non
         messages=messages, moderations=moderations, tips=tips, signals=signals,
         remembered=(remembered,) if remembered else (),
     )  # fmt: skip
+
+
+def _tips(asked: Asked, told: list[ChatMessage], one: Said) -> Iterator[Tip]:
+    """What finds the conversation again by this reply: all that was said, and its end for clients that forget."""
+    place = {"conversation_id": asked.conversation_id, "message_id": one.id, "user_id": asked.user.id}
+    ended = [*told, ChatMessage(role="assistant", content=one.text)]
+    yield Tip(id=digest(asked.user.id, asked.character.id, ended), **place)
+    if len(ended) > WINDOW:
+        yield Tip(id=digest(asked.user.id, asked.character.id, ended[-WINDOW:], "window"), **place)
