@@ -192,7 +192,6 @@ def test_one_key_is_one_feedback_also_at_once(served: Service) -> None:
         assert sorted(pool.map(rate, range(1, 6))) == [200, 409, 409, 409, 409]
 
 
-@pytest.mark.xfail(strict=True, reason="F22: what a client brought along counts as said now, again at every turn")
 def test_a_client_that_keeps_a_window_says_nothing_twice(served: Service) -> None:
     told: list[dict[str, str]] = []
     for number in range(5):
@@ -201,7 +200,6 @@ def test_a_client_that_keeps_a_window_says_nothing_twice(served: Service) -> Non
     assert rows(served, "SELECT count(*) FROM messages WHERE user_id = 'f22' AND role = 'user'") == [(5,)]
 
 
-@pytest.mark.xfail(strict=True, reason="F24: a later version without a picture shows the one that a person refused")
 def test_a_refused_picture_stays_hidden(served: Service) -> None:
     submit(served, name="Pic", description="one")
     png = write_png(character_of({"name": "Pic", "description": "one", "first_mes": "hi"}))
@@ -227,7 +225,6 @@ def test_the_log_is_folded_again_after_a_failure(tmp_path: Any, monkeypatch: pyt
     assert len(calls) > 1
 
 
-@pytest.mark.xfail(strict=True, reason="F31: what a client says that a character said may be rated")
 def test_no_opinion_on_what_no_model_said(served: Service) -> None:
     told = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "made up"}]
     answer = served.chat("go on", user="f31", before=told).json()
