@@ -210,7 +210,6 @@ def test_a_refused_picture_stays_hidden(served: Service) -> None:
     assert served.client.get("/v1/characters/pic/picture").status_code == 404
 
 
-@pytest.mark.xfail(strict=True, reason="F30: a chore that failed once is never done again")
 def test_the_log_is_folded_again_after_a_failure(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("characterflywheel.serving.app._FOLD_SECONDS", 0.05)
     calls: list[int] = []
@@ -232,3 +231,25 @@ def test_no_opinion_on_what_no_model_said(served: Service) -> None:
     assert conversation is not None
     sent = {"message_id": conversation.messages[1].id, "kind": "thumb_up", "user": "f31"}
     assert served.client.post("/v1/feedback", json=sent).status_code == 422
+
+
+@pytest.mark.xfail(
+    strict=True, reason="F32: people of an application that names nobody are told to each other's models"
+)
+def test_people_nobody_named_are_not_mixed_up(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, backend, read = served.key_for("chat"), served.hub.backends.get("echo").backend, list[str]()
+    really = backend.complete
+
+    async def listens(messages: Any, *given: Any) -> Any:
+        read[:] = [one.content for one in messages]
+        return await really(messages, *given)
+
+    def talk(asked: str, before: list[dict[str, str]]) -> list[dict[str, str]]:
+        body = {"model": "pirate", "messages": [*before, {"role": "user", "content": asked}]}
+        return [*before, *said(served.client.post("/v1/chat/completions", json=body, headers=key).json(), asked)]
+
+    told = talk("how are you", talk("hi", talk("my secret is 4711", [])))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "complete", listens)
+        talk("what did I say?", told[-4:])  # somebody else, whose client keeps as much
+    assert "my secret is 4711" not in read
