@@ -172,7 +172,8 @@ def test_a_card_comes_back_as_it_went(served: Service, version: str) -> None:
     assert again.json()["state"] == "review", again.text  # nobody has seen the picture
     assert served.client.get(f"/v1/characters/{id}/picture").status_code == 404
     (waiting,) = served.client.get("/v1/reviews").json()["data"]
-    assert waiting["picture"].startswith("data:image/png;base64,")
+    assert served.client.get(waiting["picture"]).content.startswith(b"\x89PNG")
+    assert served.client.get(waiting["picture"], headers=served.key_for("chat")).status_code == 403
     served.client.post(f"/v1/reviews/{id}", json={"decision": "approved", "reason": "seen"}).raise_for_status()
     shown = served.client.get(f"/v1/characters/{id}").json()["picture"]
     assert served.client.get(shown).content.startswith(b"\x89PNG")

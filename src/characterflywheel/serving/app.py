@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 from fastapi import FastAPI
@@ -24,8 +25,7 @@ from .assignment import Assigner
 from .auth import Authenticator, load_secret
 from .backends import BackendError, make_backends
 from .cast import Cast
-from .durable import ask
-from .errors import ErrorBody, add_handlers
+from .errors import ApiError, ErrorBody, add_handlers
 from .hub import Hub
 from .limits import RateLimiter
 from .metrics import Metrics, Observed
@@ -42,6 +42,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "refused"}, "5XX": {"model": ErrorBody, "description": "not able to"},
 }  # fmt: skip
 _DAY_SECONDS = 86_400.0
+_SOON_SECONDS = 600.0
+_ANSWERS_KEPT = timedelta(days=3)
 
 
 def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub], None] = lambda hub: None) -> ASGIApp:
@@ -61,6 +63,7 @@ def make_app(workspace: Workspace, config: FlywheelConfig, opened: Callable[[Hub
             opened(hub)
             for chore in (_follow_releases(hub), _fold_log(hub), _check_again(hub), _retire_daily(hub)):
                 task = asyncio.create_task(chore)
+                task.add_done_callback(_ended)
                 stack.callback(task.cancel)
             yield
 
@@ -126,6 +129,11 @@ def _watch(metrics: Metrics, journal: Journal, moderator: Moderator) -> None:
     metrics.watch("flywheel_safety_failures", failures, moderator.caught.counts.total)
 
 
+def _ended(chore: asyncio.Task[None]) -> None:
+    if not chore.cancelled() and (error := chore.exception()):
+        _log.error("a chore of the service has ended and must not: %r", error)
+
+
 async def _follow_releases(hub: Hub) -> None:
     """Let a promotion, a rollback or an experiment take effect without a restart."""
     while True:
@@ -143,30 +151,38 @@ async def _fold_log(hub: Hub) -> None:
     while True:
         await asyncio.sleep(_FOLD_SECONDS)
         try:
-            await ask(hub.store.fold_log)
+            await asyncio.to_thread(hub.store.fold_log)
         except (FlywheelError, OSError) as error:  # the log grows until it works again
             _log.error("the store's log could not be folded: %s", error)
 
 
 async def _check_again(hub: Hub) -> None:
     """Publish the folder's characters that safety could not check at the start, once it can."""
-    while not all(map(was_checked, (await ask(hub.store.publications)).values())):
-        await asyncio.sleep(_CHECK_AGAIN_SECONDS)
+    checked = False
+    while not checked:
         try:
-            await hub.publisher.publish_folder(hub.workspace)
-            await hub.cast.refresh()
-        except (FlywheelError, OSError) as error:  # tried again
+            decided = await asyncio.to_thread(hub.store.publications)
+            checked = all(map(was_checked, decided.values()))
+            if not checked:
+                await hub.publisher.publish_folder(hub.workspace)
+                await hub.cast.refresh()
+        except (ApiError, FlywheelError, OSError) as error:  # tried again
             _log.error("characters could not be checked again: %s", error)
+        await asyncio.sleep(_CHECK_AGAIN_SECONDS)
 
 
 async def _retire_daily(hub: Hub) -> None:
-    """Erase conversations that nobody has touched for `server.retention_days`."""
+    """Erase conversations untouched for `server.retention_days`, and answers kept for repeated requests."""
     from ..erase import retain  # noqa: PLC0415 - only where something is erased
+    from ..store.erase import drop_answers  # noqa: PLC0415
 
-    days = hub.config.server.retention_days
-    while days is not None:
+    while True:
         try:
-            await asyncio.to_thread(retain, hub.workspace, days)
-        except (FlywheelError, OSError) as error:  # tried again tomorrow
-            _log.error("conversations older than %d days were not erased: %s", days, error)
-        await asyncio.sleep(_DAY_SECONDS)
+            await asyncio.to_thread(drop_answers, hub.store, hub.clock() - _ANSWERS_KEPT)
+            if hub.config.server.retention_days is not None:
+                await asyncio.to_thread(retain, hub.workspace, hub.config.server.retention_days)
+        except (FlywheelError, OSError) as error:  # a run has the workspace, for hours perhaps
+            _log.warning("what is too old was not erased yet: %s", error)
+            await asyncio.sleep(_SOON_SECONDS)
+        else:
+            await asyncio.sleep(_DAY_SECONDS)

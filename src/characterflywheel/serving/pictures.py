@@ -1,4 +1,4 @@
-"""Pictures of characters, by content: a version names its picture's digest, and the file of that digest is shown with it.
+"""Pictures of characters, by content: a version names its picture's digest, and that file is shown with it.
 
 No classifier here can look at a picture, so one that comes over HTTP waits for a person (PAPER section 9: fail closed).
 A version that brings none keeps the picture of the version in service, which somebody approved.

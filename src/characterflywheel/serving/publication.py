@@ -137,7 +137,11 @@ class Publisher:
     def _standing(self, character: Character) -> Publication | None:
         history = self.store.publication_history(character.id)
         last = next((one for one in reversed(history) if one.version == character.version), None)
-        if last is None or last.state == "retired":
+        if last is not None and last.state == "retired":
+            word = next((one for one in reversed(history) if one.version == character.version and one != last), None)
+            by_a_person = word is not None and word.state == "refused" and word.reviewer != SAFETY
+            return last if by_a_person else None  # whom a person refused is not brought back by retiring first
+        if last is None:
             return None
         return last if was_checked(last) else None
 

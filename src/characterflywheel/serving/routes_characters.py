@@ -4,7 +4,6 @@ Safety runs at creation and at every change and fails closed (PAPER section 9): 
 """
 
 import asyncio
-import base64
 import json
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -61,7 +60,7 @@ class CharacterState(Record):
     state: PublicationState | Literal["unpublished"]
     reason: str
     in_service: int | None = Field(description="the version that people talk to; None where there is none")
-    picture: str | None = Field(None, description="in the queue: its picture, as a data address")
+    picture: str | None = Field(None, description="in the queue: the address of its picture, which the same key reads")
 
 
 class Made(NamedTuple):
@@ -180,6 +179,17 @@ async def reviews(hub: Shared, principal: Reviewing) -> ReviewList:
     return ReviewList(data=tuple([await _state(hub, id, pictured=True) for id in waiting]))
 
 
+@router.get(
+    "/v1/reviews/{character_id}/picture", response_class=Response, responses={200: {"content": {"image/png": {}}}}
+)
+async def waiting_picture(character_id: str, hub: Shared, principal: Reviewing) -> Response:
+    """The picture of a character's newest version, which nobody else sees before it is approved."""
+    path = find(hub.workspace.pictures, await _newest(hub, character_id))
+    if path is None:
+        raise not_found("picture", character_id)
+    return Response(await asyncio.to_thread(path.read_bytes), 200, {"Cache-Control": "no-store"}, "image/png")
+
+
 @router.post("/v1/reviews/{character_id}")
 async def review(character_id: str, body: ReviewRequest, hub: Shared, principal: Reviewing) -> CharacterState:
     """Decide about a character's newest version."""
@@ -207,7 +217,7 @@ async def _read(request: Request, id: str | None) -> Made:
         return await asyncio.to_thread(lambda: Made(character_of(read_png(raw), id), picture_of(raw)))
     if kind not in ("application/json", ""):
         raise ApiError(415, "unsupported_type", f"Content-Type {kind!r}: send application/json or image/png.")
-    values = read_json(raw)
+    values = await asyncio.to_thread(read_json, raw)
     if "spec" in values or "data" in values or "first_mes" in values:
         return Made(character_of(values, id))
     try:
@@ -229,7 +239,7 @@ async def _state(hub: Hub, id: str, pictured: bool = False) -> CharacterState:
     newest, decided = await _newest(hub, id), await ask(hub.store.publications)
     serving, publication = await hub.cast.get(id), decided.get(id)
     path = find(hub.workspace.pictures, newest) if pictured else None
-    address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path else None
+    address = f"/v1/reviews/{id}/picture" if path else None
     return CharacterState(
         character=newest, state=publication.state if publication else "unpublished",
         reason=publication.reason if publication else "nobody has checked it yet",

@@ -249,7 +249,8 @@ def _event(data: str) -> bytes:
 
 
 def _reason(said: Said) -> str:
-    if said.verdict is not None and not said.verdict.allowed and not said.fallback:
+    stopped = said.verdict is not None and not said.verdict.allowed and not said.fallback
+    if stopped or said.finish == "error":
         return "content_filter"
     return "length" if said.finish == "length" else "stop"
 

@@ -177,7 +177,7 @@ def unanswered(hub: Hub, turn: Turn, error: BackendError) -> ApiError:
     headers = {"Retry-After": f"{max(1, round(error.retry_after))}"} if isinstance(error, BackendBusy) else {}
     if isinstance(error, BackendBusy):
         hub.metrics.limited.labels("model").inc()
-    _log.warning("model %s did not answer: %s %s", turn.model, error.code, error.detail or "")
+    _log.warning("model %s did not answer: %s %s", turn.model, error.code, repr(error.detail or ""))
     return ApiError(error.status, error.code, str(error), headers=headers)
 
 
@@ -269,7 +269,7 @@ def _events(hub: Hub, turn: Turn, said: list[Said], remembered: Remembered | Non
             arm=turn.assigned.arm if turn.assigned else None, fallback=one.fallback, finish=one.finish,
             created_at=now, **place,
         )
-        for one in said
+        for one in reversed(said)  # the conversation goes on from the newest, and clients from the first draft
     )  # fmt: skip
     moderations = tuple(
         Moderation(

@@ -52,7 +52,13 @@ Shared = Annotated[Hub, Depends(hub_of)]
 
 def named_in(request: Request) -> str | None:
     """The user whom a request names outside its body."""
-    return request.headers.get("x-flywheel-user") or request.query_params.get("user")
+    header = request.headers.get("x-flywheel-user")
+    if header is None:
+        return request.query_params.get("user")
+    try:
+        return header.encode("latin-1").decode()  # HTTP reads headers as latin-1, clients write UTF-8
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "invalid_user", "X-Flywheel-User must be UTF-8.", "user") from error
 
 
 async def user_of(hub: Hub, request: Request, principal: Principal, named: str | None = None) -> User:

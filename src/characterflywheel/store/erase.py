@@ -80,6 +80,12 @@ def retire(store: EventStore, before: datetime) -> dict[str, int]:
     return erase(store, Ids(set(), set(), set()), before)
 
 
+def drop_answers(store: EventStore, before: datetime) -> int:
+    """Delete the answers kept for repeated requests that are older than `before`; how many."""
+    with store.write() as connection:
+        return _forget_answers(connection, before)
+
+
 def untouched(before: datetime) -> Select[tuple[str]]:
     """The ids of conversations in which nothing has happened since `before`."""
     moment = microseconds(before)

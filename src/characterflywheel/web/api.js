@@ -112,6 +112,7 @@ export const reviewer = (secret) => {
   const headers = { Authorization: `Bearer ${secret}` };
   return {
     queue: async () => (await (await reach("/v1/reviews", { headers })).json()).data,
+    picture: async (path) => URL.createObjectURL(await (await reach(path, { headers })).blob()),
     decide: async ({ id, version }, decision, reason) =>
       (await reach(`/v1/reviews/${at(id)}`, { method: "POST", body: { decision, reason, version }, headers })).json(),
   };

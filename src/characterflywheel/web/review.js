@@ -41,9 +41,11 @@ function dossier({ character, reason, in_service: serving, picture }, api) {
   ];
   const form = el("form", { class: "decide" }, el("label", { for: field.id, text: "Your reason" }), field, failed, el("div", { class: "row" }, ...buttons));
   const more = serving ? `Version ${serving} is in service meanwhile.` : "Nobody can talk to it yet.";
+  const image = picture ? el("img", { class: "waiting", alt: `The picture of ${name}` }) : null;
+  if (image) api.picture(picture).then((address) => (image.src = address), () => image.replaceWith("Its picture could not be loaded."));
   const node = el("article", { class: "dossier hued" },
-    el("header", {}, portrait({ ...character, picture }, picture ? "large" : ""), el("div", {}, title, el("p", { text: `${id}, version ${version}. ${more}` }))),
-    el("div", { class: "found" }, el("h3", { text: "What safety found" }), el("p", { class: "value", text: reason })),
+    el("header", {}, portrait(character), el("div", {}, title, el("p", { text: `${id}, version ${version}. ${more}` }))),
+    el("div", { class: "found" }, el("h3", { text: "What safety found" }), el("p", { class: "value", text: reason })), image,
     fields(rest, true), card ? el("section", {}, el("h3", { text: "The card it came from" }), fields(card, true)) : null, form);
   node.style.setProperty("--hue", hueOf(id));
   form.addEventListener("submit", async (event) => {
