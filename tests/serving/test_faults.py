@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ import pytest
 import requests
 from http_service import Service, service
 from live_service import Live, servers
-
-from characterflywheel.store import EventStore
 
 SAID: Any = [{"role": "user", "content": "Tell me about the sea."}]
 
@@ -77,7 +74,7 @@ def test_a_classifier_that_is_down_lets_nothing_through(tmp_path: Path, stream: 
 
 
 def test_a_locked_database_is_waited_for_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("characterflywheel.serving.app.EventStore.open", partial(EventStore.open, patience_s=0.7))
+    monkeypatch.setattr("characterflywheel.serving.app._STORE_PATIENCE_SECONDS", 0.7)
     with service(tmp_path / "ws") as one, closing(sqlite3.connect(tmp_path / "ws" / "flywheel.db")) as other:
         first = one.chat("before").json()
         other.execute("BEGIN IMMEDIATE")

@@ -109,7 +109,6 @@ def test_rules_take_linear_time() -> None:
     assert seconds(1000) < 20 * seconds(100)
 
 
-@pytest.mark.xfail(strict=True, reason="F7: who comes back after being forgotten is served without an exposure")
 def test_who_comes_back_is_exposed_again(tmp_path: Any) -> None:
     with service(tmp_path / "ws") as served:
         experiment(served, "e1")
@@ -233,7 +232,6 @@ def test_no_opinion_on_what_no_model_said(served: Service) -> None:
     assert served.client.post("/v1/feedback", json=sent).status_code == 422
 
 
-@pytest.mark.xfail(
     strict=True, reason="F32: people of an application that names nobody are told to each other's models"
 )
 def test_people_nobody_named_are_not_mixed_up(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:

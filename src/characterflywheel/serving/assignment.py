@@ -117,11 +117,15 @@ class Assigner:
         """The user's experiment, arm and model; None for testers and for users whom no experiment takes."""
         return first_arm(user.id, self._running.get()) if user.population == "user" else None
 
-    def exposure(self, user_id: str, assigned: Assigned, at: datetime) -> Exposure | None:
-        """The exposure to make durable before the reply; None where `exposed` has said that it is."""
+    def exposure(self, user_id: str, assigned: Assigned, at: datetime, anew: bool = False) -> Exposure | None:
+        """The exposure to make durable before the reply; None where `exposed` has said that it is.
+
+        `anew`: whatever was said, as where a conversation begins, which may be that of somebody who was erased.
+        """
         self._forget_some()
         key = (user_id, assigned.experiment)
-        return None if key in self._young or key in self._old else exposure_of(user_id, assigned, at)
+        known = not anew and (key in self._young or key in self._old)
+        return None if known else exposure_of(user_id, assigned, at)
 
     def exposed(self, exposure: Exposure) -> None:
         """Say that an exposure is durable. After a minute or two it is written again, as its user may be erased."""

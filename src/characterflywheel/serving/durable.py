@@ -34,10 +34,17 @@ async def ask(read: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
 def put(hub: "Hub", events: Events) -> asyncio.Future[None]:
     """Hand events to the journal; too many waiting is an answer of 429."""
     try:
-        return hub.journal.put(events)
+        stored = hub.journal.put(events)
     except JournalFull as error:
         hub.metrics.limited.labels("store").inc()
         raise ApiError(429, "store_busy", str(error), headers={"Retry-After": "1"}) from error
+    stored.add_done_callback(_seen)  # the journal notes what fails; of two that do, only one may be waited for
+    return stored
+
+
+def _seen(stored: asyncio.Future[None]) -> None:
+    if not stored.cancelled():
+        stored.exception()
 
 
 async def durable(future: asyncio.Future[None]) -> None:

@@ -49,3 +49,4 @@ class Hub:
     being_written: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     being_answered: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     users: dict[str, tuple[User, float]] = field(default_factory=dict)
+    reading_keys: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -29,6 +29,9 @@ class Metrics:
             "flywheel_model_seconds", "time in the model, queue included, by outcome: ok or why there was no reply",
             ["model", "outcome"], buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
+        self.model_failures = Counter(
+            "flywheel_model_failures", "requests that a model did not answer", ["model", "code"], registry=self.registry
+        )
         self.model_waited = Histogram(
             "flywheel_model_waited_seconds", "time in a model's queue", ["model"], buckets=_SECONDS,
             registry=self.registry,
@@ -51,6 +54,8 @@ class Metrics:
         """What a model did with a request; `Backends` tells it of each."""
         self.model_seconds.labels(one.model, one.outcome).observe(one.seconds)
         self.model_waited.labels(one.model).observe(one.waited_s)
+        if one.outcome not in ("ok", "cancelled"):
+            self.model_failures.labels(one.model, one.outcome).inc()
 
     def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
         """Publish a value that another part keeps, such as the journal's queue: `read()` is called at each scrape."""

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from ..errors import FlywheelError
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_STOP_SECONDS = 10.0  # the thread may be waiting for a silent database
 
 
 class Reloaded(Generic[T]):
@@ -50,8 +53,11 @@ class Reloaded(Generic[T]):
         self._tried = begun = self._clock()
         try:
             value = self._load()
-        except Exception:
-            _log.exception("reading again failed; what was read %.0f s ago stays in force", self.age)
+        except Exception as error:
+            _log.error(
+                "reading again failed; what was read %.0f s ago stays in force: %s", self.age, error,
+                exc_info=not isinstance(error, FlywheelError),
+            )  # fmt: skip
             return
         with self._lock:
             if begun >= self._loaded:  # else somebody who began later was faster
@@ -68,7 +74,7 @@ class Reloaded(Generic[T]):
         """Stop the thread."""
         if self._thread is not None:
             self._stop.set()
-            self._thread.join()
+            self._thread.join(_STOP_SECONDS)
             self._thread = None
 
     def __enter__(self) -> Self:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ..records import Character, User
 from ..service_records import Remembered
 from .backends import BackendError
+from .durable import durable
 from .errors import ApiError, not_found
 from .event_stream import EventStream
 from .hub import Hub
@@ -118,6 +119,7 @@ async def _whole(hub: Hub, body: ChatRequest, user: User, key: str | None, diges
         try:
             said = await replies(hub, turn)
         except BackendError as error:
+            await durable(turn.earlier)  # so that the key's body is known before it may come again
             raise unanswered(hub, turn, error) from error
         answer = _completion(turn, said).model_dump_json()
         memory = _memory(hub, user, key, digest, answer)
@@ -154,6 +156,8 @@ async def _stream(
                 raise ApiError(409, "answered_elsewhere", "Another process answered this key: ask again to see how.")
         except BackendError as error:
             problem = unanswered(hub, turn, error)
+            with suppress(ApiError):
+                await durable(turn.earlier)
             if not shown:
                 raise problem from error
             yield _event(problem.body().model_dump_json())

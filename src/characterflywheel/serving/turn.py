@@ -83,7 +83,8 @@ async def begin(hub: Hub, request: ChatRequest, asked: Asked, key: str | None) -
     model = assigned.model if assigned else hub.backends.default
     # as early as the utterance that brings it about, which is the experiment's first message of this user
     met_at = hub.clock() if asked.replaces else asked.utterance.created_at
-    exposure = hub.assigner.exposure(asked.user.id, assigned, met_at) if assigned else None
+    begins = all(message.role != "user" for message in asked.seen)
+    exposure = hub.assigner.exposure(asked.user.id, assigned, met_at, anew=begins) if assigned else None
     earlier = put(hub, asked.events.model_copy(update={"exposures": (exposure,)}) if exposure else asked.events)
     if exposure:
         await durable(earlier)

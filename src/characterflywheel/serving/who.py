@@ -33,7 +33,9 @@ def may(scope: str) -> Callable[[Request], Awaitable[Principal]]:
         except Unauthorized as error:
             if error.code != "invalid_api_key" or not hub.authenticator.may_look_again:
                 raise
-            await ask(hub.authenticator.reload)
+            async with hub.reading_keys:
+                if hub.authenticator.may_look_again:
+                    await ask(hub.authenticator.reload)
             found = hub.authenticator.authenticate(request.headers, request.cookies, request.method)
         found.require(scope)
         _within(hub, "key", found.id)

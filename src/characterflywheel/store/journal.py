@@ -20,6 +20,8 @@ from .events import EventStore
 
 _log = logging.getLogger(__name__)
 
+_STOP_SECONDS = 30.0  # a database that is silent must not keep the process
+
 
 class JournalFull(FlywheelError):  # noqa: N818 - a state, not a mistake
     """Too much waits to be stored: the caller must slow down (HTTP 429 or 503)."""
@@ -98,7 +100,7 @@ class Journal:
             self._open = False
             self._queue.put(None)
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
 
     def _write(self) -> None:
         """The writer thread."""
