@@ -232,7 +232,6 @@ def test_no_opinion_on_what_no_model_said(served: Service) -> None:
     assert served.client.post("/v1/feedback", json=sent).status_code == 422
 
 
-    strict=True, reason="F32: people of an application that names nobody are told to each other's models"
 def test_people_nobody_named_are_not_mixed_up(served: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     key, backend, read = served.key_for("chat"), served.hub.backends.get("echo").backend, list[str]()
     really = backend.complete
