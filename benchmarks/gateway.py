@@ -207,8 +207,9 @@ def main() -> None:
                 contenders["litellm"] = litellm(args.litellm, scratch, mock.url)
                 peers.enter_context(servers.running(contenders["litellm"].server))
             for one in contenders.values():  # connections, caches, code that is loaded late
-                measure(one, mock, Plan(one.server.url, 20, 3, one.key, one.model, seed=7))
-                measure(one, mock, Plan(one.server.url, 20, 3, one.key, one.model, stream=True, seed=8))
+                for stream in (False, True):
+                    warm = Plan(one.server.url, 20, min(3, args.seconds), one.key, one.model, stream, seed=7 + stream)
+                    measure(one, mock, warm)
             figures["compared"] = []
             for rate, stream in [*((r, False) for r in args.at), *((r, True) for r in args.stream_at)]:
                 found = compare(contenders, rate, stream, args)
