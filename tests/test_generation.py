@@ -92,17 +92,10 @@ def test_every_stage_leaves_an_artifact_and_the_ledger_a_row(undisturbed: Path) 
     assert (undisturbed / "report" / "index.html").stat().st_size > 10_000
 
 
-def test_the_same_seed_gives_the_same_ledger_and_another_seed_another(
-    undisturbed: Path, small_model: Path, tmp_path: Path
-) -> None:
-    again = workspace(tmp_path / "again", small_model)
+def test_another_seed_makes_something_else(undisturbed: Path, small_model: Path, tmp_path: Path) -> None:
+    """That the same seed makes the same is what the kills below show, ledger and all."""
     other = workspace(tmp_path / "other", small_model, seed=2)
-    assert flywheel("run", again).returncode == 0
     assert flywheel("run", other, "--until", "curate").returncode == 0
-    assert outputs(again) == outputs(undisturbed)
-    assert [timeless(r) for r in ledger.read(again / "ledger.jsonl")] == [
-        timeless(r) for r in ledger.read(undisturbed / "ledger.jsonl")
-    ]
     assert not set(outputs(other)) & set(outputs(undisturbed))
 
 
@@ -159,8 +152,8 @@ def resume_test(undisturbed: Path, model: Path, folder: Path, kills: int, seed: 
     return killed
 
 
-def test_a_run_killed_three_times_ends_in_the_same_bytes(undisturbed: Path, small_model: Path, tmp_path: Path) -> None:
-    assert resume_test(undisturbed, small_model, tmp_path / "killed", 3, seed=1) >= 1
+def test_a_run_killed_twice_ends_in_the_same_bytes(undisturbed: Path, small_model: Path, tmp_path: Path) -> None:
+    assert resume_test(undisturbed, small_model, tmp_path / "killed", 2, seed=1) >= 1
 
 
 @pytest.mark.slow

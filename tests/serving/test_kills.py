@@ -9,7 +9,7 @@ import pytest
 from live_service import BENCHMARKS, servers
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_nothing_acknowledged_over_http_is_lost_or_doubled(tmp_path: Path, database: str, kills: int) -> None:
     if database == "postgresql" and not servers.has_postgres():

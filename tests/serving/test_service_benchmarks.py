@@ -21,6 +21,7 @@ def run(script: str, tmp_path: Path, *options: str) -> tuple[Any, str]:
     return json.loads(figures.read_text(encoding="utf-8")), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_gateway(tmp_path: Path) -> None:
     figures, printed = run("gateway.py", tmp_path, "--at", "20", "--stream-at", "20", "--seconds", "1", "--ramp", "1",
                            "--rates", "25", "--repeats", "1", "--delay", "0.01")  # fmt: skip
@@ -37,6 +38,7 @@ def test_gateway(tmp_path: Path) -> None:
         assert direct["ms"]["p50"] >= 10
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     figures, _ = run("memory.py", tmp_path, "--conversations", "60", "--every", "20", "--people", "4")
     assert len(figures["resident_mib"]) == 4
