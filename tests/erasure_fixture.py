@@ -213,7 +213,7 @@ def rows(root: Path) -> dict[str, list[Any]]:
         if "rl-" not in str(path):
             content = (
                 pq.read_table(path).to_pylist() if path.suffix == ".parquet"
-                else map(json.loads, path.read_text("utf-8").splitlines())
+                else map(json.loads, path.read_bytes().splitlines())
             )  # fmt: skip
             found[path.relative_to(root).as_posix()] = list(content)
     return found

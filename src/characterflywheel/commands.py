@@ -1,5 +1,6 @@
 """What the longer commands of `cli` do: turn the flywheel, plan it, show an experiment, change what serves by hand."""
 
+import gc
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,12 +53,16 @@ def turn(workspace: Workspace, config: "FlywheelConfig", numbers: Iterable[int],
 
         with EventStore.open(workspace.events) as store:
             people = meet.people_of(workspace, config, store)
-            for number in numbers:
-                oracle = meet.oracle_of(people)
-                row = generation.turn(workspace, config, store, people, number, until=until, oracle=oracle)
-                if row is None:
-                    print(f"stopped after {until}; the same command without --until goes on")
-                    return
+            gc.freeze()  # what start-up made stays: the collections after each stage need not walk it again
+            try:
+                for number in numbers:
+                    oracle = meet.oracle_of(people)
+                    row = generation.turn(workspace, config, store, people, number, until=until, oracle=oracle)
+                    if row is None:
+                        print(f"stopped after {until}; the same command without --until goes on")
+                        return
+            finally:
+                gc.unfreeze()  # or some libraries complain at the end of what was never collected
 
 
 def plan(workspace: Workspace, generations: int) -> None:

@@ -21,7 +21,7 @@ from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
 from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank, name_arms
 from .llm.base import ChatModel, Sampling
 from .llm.ct2 import CTranslate2Model
-from .llm.encoder import Encoder
+from .llm.encoder import Encoder, shared_encoder
 from .llm.identity import identity
 from .llm.models import base_model_folder, encoder_folder
 from .llm.native import NativeModel
@@ -211,7 +211,7 @@ class Workshop:
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder(encoder_folder(self.config.models.encoder), self.threads)
+        return shared_encoder(encoder_folder(self.config.models.encoder), self.threads)
 
     @cached_property
     def parent_folder(self) -> Path:

@@ -20,13 +20,13 @@ def people_of(workspace: Workspace, config: "FlywheelConfig", store: "EventStore
     """The people of this workspace: the embedded world's crowd, or those who really come."""
     if config.world is None:
         return RealPeople(workspace.annotation, store)
-    from .llm.encoder import Encoder  # noqa: PLC0415 - torch only where it is needed
+    from .llm.encoder import shared_encoder  # noqa: PLC0415 - torch only where it is needed
     from .llm.models import encoder_folder  # noqa: PLC0415
     from .simulation.world import SimulatedPeople  # noqa: PLC0415
 
     threads = config.models.threads
     return SimulatedPeople(
-        config.world, config.seed, store, Encoder(encoder_folder(config.models.encoder), threads), threads
+        config.world, config.seed, store, shared_encoder(encoder_folder(config.models.encoder), threads), threads
     )
 
 

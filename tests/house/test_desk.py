@@ -83,3 +83,13 @@ def test_missing_and_empty_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(FlywheelError, match="is empty"):
         desk.take_in(tmp_path, tmp_path / "empty.jsonl", tmp_path / "rejected")
+
+
+def test_what_looks_like_the_end_of_a_line_is_none(tmp_path: Path) -> None:
+    folder, answers = tmp_path / "annotation", tmp_path / "answers.jsonl"
+    desk.post(folder, [task(1)])
+    rewritten = judge(task(1), rewrite="one\u2028two\x85three")
+    answers.write_text(rewritten.model_dump_json() + "\n", encoding="utf-8")
+    intake = desk.take_in(folder, answers, tmp_path / "rejected")
+    assert (intake.accepted, intake.rejected) == (1, ())
+    assert desk.judgements_of(folder)["t1"].rewrite == "one\u2028two\x85three"

@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 
@@ -44,6 +43,8 @@ def cluster_rows(vectors: NDArray[np.float32], clusters: int, seed: int) -> NDAr
     """K-means labels (n,), numbered by first appearance. One thread, as the order of a sum changes its last bits."""
     distinct = len(np.unique(vectors, axis=0))
     with threadpool_limits(limits=1):
+        from sklearn.cluster import KMeans  # noqa: PLC0415 - takes a second, which a plan can do without
+
         model = KMeans(min(clusters, distinct), n_init=4, random_state=seed % 2**32).fit(vectors.astype(np.float64))
     _, first, labels = np.unique(model.labels_, return_index=True, return_inverse=True)
     return np.asarray(np.argsort(np.argsort(first))[labels], dtype=np.int64)

@@ -1,19 +1,27 @@
 """The sentence encoder: mean-pooled, unit-length embeddings (the paper uses DRAMA-1B; ours is a setting)."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
+
+
+@cache
+def shared_encoder(folder: Path, threads: int) -> "Encoder":
+    """The process's one encoder of a folder: people and pipeline read with the same eyes, and need it once."""
+    return Encoder(folder, threads)
 
 
 class Encoder:
     """A sentence-transformers folder run by `transformers`: token states averaged, then normalised."""
 
     def __init__(self, folder: Path, threads: int = 2, batch_size: int = 64, max_tokens: int = 128) -> None:
+        from transformers import AutoModel, AutoTokenizer  # noqa: PLC0415 - takes seconds, which a plan can do without
+        from transformers.utils import logging  # noqa: PLC0415
+
         self.threads, self.batch_size, self.max_tokens = threads, batch_size, max_tokens
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.utils import logging
 
 from ..errors import FlywheelError
 from ..llm import shared_prefix
@@ -63,12 +61,17 @@ def lower_precision(device: torch.device) -> Iterator[None]:
 
 def from_policy(folder: Path, layers: int, ends: int) -> Backbone:
     """A fresh reward network from a policy's Hugging Face folder."""
+    from transformers import LlamaForCausalLM  # noqa: PLC0415 - takes seconds, which a plan can do without
+    from transformers.utils import logging  # noqa: PLC0415
+
     logging.disable_progress_bar()
     return Backbone(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).model, layers, ends)
 
 
 def chat_format(folder: Path, max_prompt_tokens: int) -> ChatFormat:
     """The tokenizer of a policy's (or saved reward model's) folder."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
     return ChatFormat(AutoTokenizer.from_pretrained(folder), max_prompt_tokens)
 
 
@@ -155,6 +158,8 @@ def load(folder: Path, name: str, ends: int) -> Backbone:
     """A network that `save` and `save_shared` wrote, ready to score, in float32."""
     if not (folder / "backbone.json").exists():
         raise FlywheelError(f"{folder} holds no reward model: run the reward stage.")
+    from transformers import LlamaConfig, LlamaModel  # noqa: PLC0415
+
     config = LlamaConfig(**json.loads((folder / "backbone.json").read_text(encoding="utf-8")))
     with torch.device("meta"):
         net = Backbone(LlamaModel(config), config.num_hidden_layers, ends)
