@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from characterflywheel import tables
 from characterflywheel.characters import bundled_characters
 from characterflywheel.records import Character, Conversation, Exposure, Message, Signal, User
-from characterflywheel.store import EventStore, Position
-from characterflywheel.store.export import conversations_from_export, newest_path
+from characterflywheel.store import EventStore, Position, paths
+from characterflywheel.store.export import conversations_from_export
 
 AT = datetime(2026, 1, 5, 1, 2, 3, 456789, tzinfo=UTC)
 
@@ -116,17 +116,17 @@ def said(id: str, role: str, parent: str | None = None) -> Message:
 def test_a_conversation_is_the_path_to_its_newest_tip(messages: str, path: str) -> None:
     roles = {"u": "user", "a": "assistant"}
     tree = [said(id, roles[role], parent or None) for id, role, parent in (one.split(":") for one in messages.split())]
-    assert [message.id for message in newest_path(tree)] == path.split()
+    assert [message.id for message in paths.path(tree)] == path.split()
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=12))
 def test_a_path_ends_with_the_last_message_and_never_goes_back(tree: list[tuple[int, bool]]) -> None:
     messages = [said(f"m{i}", "user", f"m{parent}" if linked else None) for i, (parent, linked) in enumerate(tree)]
-    path = newest_path(messages)
+    path = paths.path(messages)
     assert [message.id for message in path[-1:]] == [message.id for message in messages[-1:]]
     places = [messages.index(message) for message in path]
     assert places == sorted(set(places))
-    assert path == tuple(messages) or any(linked for _, linked in tree)
+    assert path == messages or any(linked for _, linked in tree)
 
 
 def test_regenerated_replies_are_all_exported_and_one_is_in_the_conversation(tmp_path: Path, where: Path | str) -> None:

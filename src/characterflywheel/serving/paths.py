@@ -2,48 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 
 from ..records import ChatMessage, Message
+from ..store.paths import path
+
+__all__ = ["WINDOW", "digest", "path", "said", "seen"]
 
 WINDOW = 4
 """Messages by which a conversation is recognised where a client no longer sends its beginning: two turns."""
-
-
-def path(
-    messages: Sequence[Message], tip: str | None = None, picked: Iterable[tuple[str, datetime]] = ()
-) -> list[Message]:
-    """The messages from the beginning to where the conversation stands, in order.
-
-    Args:
-        messages: a conversation's messages in order of arrival. Those without a parent follow one another.
-        tip: end there; None for the newest activity: the message that came last, or that the user picked after it.
-        picked: message ids with the time at which the user picked them among alternatives.
-    """
-    known = {message.id: message for message in messages}
-    parents: dict[str, str | None] = {}
-    before: str | None = None
-    for message in messages:
-        parents[message.id] = message.parent_id or before
-        before = message.id
-    if tip is None and messages:
-        tip = _newest(messages, parents, picked)
-    found: list[Message] = []
-    while tip is not None and tip in known:
-        found.append(known[tip])
-        tip = parents[tip]
-    return found[::-1]
-
-
-def _newest(messages: Sequence[Message], parents: dict[str, str | None], picked: Iterable[tuple[str, datetime]]) -> str:
-    chosen = max(((at, id) for id, at in picked if id in parents), default=None)
-    if chosen is None or chosen[0] < messages[-1].created_at:
-        return messages[-1].id
-    tip = chosen[1]
-    for message in messages:  # what was said after the picked reply is newer than it
-        if parents[message.id] == tip:
-            tip = message.id
-    return tip
 
 
 def seen(messages: Sequence[Message]) -> tuple[ChatMessage, ...]:

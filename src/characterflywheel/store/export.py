@@ -4,7 +4,6 @@ The columns are those of `records.Message`, `Signal`, `Exposure`, `User` and `Co
 arrival, so the same window gives the same bytes, whatever the database.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from sqlalchemy import ColumnElement, Connection, Table, and_, literal, null, se
 
 from .. import tables
 from ..records import Character, Conversation, Exposure, Message, Record, Signal, User
+from .paths import path
 from .schema import characters, conversations, exposures, messages, signals, users
 
 if TYPE_CHECKING:
@@ -68,34 +68,15 @@ def export(
 def conversations_from_export(folder: Path) -> list[Conversation]:
     """The conversations of an export, each with its messages of the window in order.
 
-    Where replies have alternatives, the messages are those on the way to the newest one: see `newest_path`.
+    Where replies have alternatives, the messages are those on the way to the newest one: see `paths.path`.
     """
     said: dict[str, list[Message]] = {}
     for message in tables.read(folder / "messages.parquet", Message):
         said.setdefault(message.conversation_id, []).append(message)
     return [
-        conversation.model_copy(update={"messages": newest_path(said[conversation.id])})
+        conversation.model_copy(update={"messages": tuple(path(said[conversation.id]))})
         for conversation in tables.read(folder / "conversations.parquet", Conversation)
     ]
-
-
-def newest_path(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages that lead to the last one, each following its parent, as a linear conversation has them.
-
-    A message without a parent follows the one that arrived before it, so where no message has one nothing is left
-    out. A parent that is not among `messages` (it is older than the window) begins the path.
-    """
-    before: dict[str, Message | None] = {}
-    known: dict[str, Message] = {}
-    last: Message | None = None
-    for message in messages:
-        before[message.id] = last if message.parent_id is None else known.get(message.parent_id)
-        known[message.id] = last = message
-    path: list[Message] = []
-    while last is not None:
-        path.append(last)
-        last = before[last.id]
-    return tuple(reversed(path))
 
 
 def _write(
