@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import FlywheelError
+from .records import SignalKind
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -147,15 +148,36 @@ class AnnotateConfig(Section):
 class RewardConfig(Section):
     """Preference and signal models (PAPER section 3)."""
 
-    layers: int = Field(6, ge=1, description="layers of the policy that the reward backbone keeps")
+    backbone: str | None = Field(None, description="a model folder or package:NAME to start from; the policy if absent")
+    layers: int = Field(6, ge=1, description="layers of the backbone that are kept")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train adapters of this rank, merged when done; all weights if absent"
+    )
     epochs: int = Field(2, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     pairs_per_step: int = Field(8, ge=1)
     max_prompt_tokens: int = Field(224, ge=32, description="longer histories lose their oldest turns")
     max_reply_tokens: int = Field(80, ge=2, description="longer replies are read only so far")
-    signals: tuple[Literal["continue", "thumb_up"], ...] = ("continue", "thumb_up")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="chance s that a label is wrong: l becomes l (1 - s) + (1 - l) s"
+    )
+    margin: float = Field(0.0, ge=0, description="log-odds by which the strongest preference has to win")
+    tie_threshold: float = Field(
+        0.0, ge=0, description="Rao-Kupper log-odds within which replies tie; 0: a tie is half a win for each"
+    )
+    centring: float = Field(0.01, ge=0, description="weight of (chosen + rejected)^2, which keeps scores near zero")
+    gold_share: float = Field(
+        0.0, ge=0, lt=1, description="share of training prompts that only the gold model learns from"
+    )
+    signals: tuple[SignalKind, ...] = ("continue", "thumb_up", "thumb_down", "love", "regenerate", "report")
     min_signal_auc: float = Field(0.55, description="a signal whose AUC interval begins below is not used")
-    signal_weight: float = Field(0.25, ge=0, description="weight of all usable signals beside preference 1.0")
+    signal_weights: dict[SignalKind, float] = Field(
+        {"continue": 0.125, "thumb_up": 0.125},
+        description="weight of a reliable signal's standardised log-odds beside preference 1.0; others weigh nothing",
+    )
+    server: str | None = Field(
+        None, description="address of a scoring server that selection and RL ask instead of loading the models"
+    )
 
 
 class RejectionConfig(Section):

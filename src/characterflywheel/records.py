@@ -230,6 +230,7 @@ class Preference(Record):
     """A preference pair in TRL's conversational format, plus who preferred it and where it came from.
 
     `label` is the share of `reviewers` who preferred `chosen` (a soft label for Bradley-Terry, at least 0.5).
+    `strength` is by how much they did, from 0 (as good as equal) to 1 (first against last of those shown).
     """
 
     id: str
@@ -244,6 +245,7 @@ class Preference(Record):
     rejected_policy: str
     reviewers: int = Field(ge=1)
     label: float = Field(ge=0.5, le=1.0)
+    strength: float = Field(1.0, ge=0.0, le=1.0)
     held_out: bool = False
 
 

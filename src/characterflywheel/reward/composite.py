@@ -5,14 +5,14 @@ is no part of the score: the caller vetoes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FlywheelError
-from ..records import ChatMessage, Record
+from ..records import ChatMessage, Record, SignalKind
 from . import backbone
 from .pairwise import Pairwise
 from .pointwise import Pointwise, Scale
@@ -26,7 +26,7 @@ class Settings(Record):
     max_reply_tokens: int
     pointwise_mean: float
     pointwise_deviation: float
-    signal_weight: float
+    signal_weights: dict[SignalKind, float]
     scales: dict[str, tuple[float, float]]
 
 
@@ -34,23 +34,23 @@ class RewardModels:
     """The preference models, the signal models, and their composite."""
 
     def __init__(
-        self, pointwise: Pointwise, pairwise: Pairwise, signals: SignalModels, signal_weight: float,
-        scales: dict[str, tuple[float, float]],
+        self, pointwise: Pointwise, pairwise: Pairwise, signals: SignalModels,
+        signal_weights: Mapping[SignalKind, float],        scales: dict[str, tuple[float, float]],
     ) -> None:  # fmt: skip
         self.pointwise, self.pairwise, self.signals = pointwise, pairwise, signals
-        self.signal_weight, self.scales = signal_weight, scales
+        self.signal_weights, self.scales = dict(signal_weights), scales
 
     def composite(
         self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """Standardised preference score plus `signal_weight` times the mean standardised log-odds of usable signals."""
+        """Standardised preference score plus the weighted standardised log-odds of the usable signals."""
         scores = [np.array(mine) for mine in self.pointwise.score(prompts, replies)]
-        usable = self.signals.usable
-        if usable and self.signal_weight:
+        weights = {k: w for k, w in self.signal_weights.items() if w and k in self.signals.usable}
+        if weights:
             logits = self.signals.logits(prompts, replies)
-            for kind in usable:
+            for kind, given in weights.items():
                 mean, deviation = self.scales[kind]
-                weight = self.signal_weight / len(usable) / deviation
+                weight = given / deviation
                 scores = [
                     mine + weight * (np.array(part) - mean) for mine, part in zip(scores, logits[kind], strict=True)
                 ]
@@ -63,7 +63,7 @@ class RewardModels:
             max_reply_tokens=self.pointwise.max_reply_tokens,
             pointwise_mean=self.pointwise.scale.mean,
             pointwise_deviation=self.pointwise.scale.deviation,
-            signal_weight=self.signal_weight,
+            signal_weights=self.signal_weights,
             scales=self.scales,
         )
         (folder / "reward.json").write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -84,7 +84,7 @@ class RewardModels:
         limit = settings.max_reply_tokens
         pointwise = Pointwise(backbone.load(folder, "pointwise", 1).to(device), form, limit, scale, threads)
         pairwise = Pairwise(backbone.load(folder, "pairwise", 2).to(device), form, limit, threads)
-        return cls(pointwise, pairwise, SignalModels.load(folder, encoder), settings.signal_weight, settings.scales)
+        return cls(pointwise, pairwise, SignalModels.load(folder, encoder), settings.signal_weights, settings.scales)
 
 
 def signal_scales(

@@ -97,7 +97,7 @@ def train_rewards(
         [pair.prompt for pair in training],
         [(p.chosen[-1].content, p.rejected[-1].content) for p in training],
     )
-    RewardModels(pointwise, pairwise, reactions, config.signal_weight, scales).save(work.folder)
+    RewardModels(pointwise, pairwise, reactions, config.signal_weights, scales).save(work.folder)
     models = RewardModels.load(work.folder, encoder, threads, device)
     summary = judge(models, training, held_out)
     (work.folder / "evaluation.json").write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
