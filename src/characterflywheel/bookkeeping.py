@@ -23,7 +23,7 @@ from .ledger import (
 )  # fmt: skip
 from .pipeline import Artifact, summary_line
 from .release.gate import GateDecision
-from .reward.stage import RewardSummary
+from .reward.judge import RewardSummary
 from .style.stage import StyleSummary
 from .tables import read
 from .training.dpo import DPOSummary

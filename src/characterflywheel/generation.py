@@ -27,7 +27,7 @@ from .progress import announce
 from .records import Record
 from .release import registry
 from .release.gate import GateDecision
-from .reward.stage import RewardSummary
+from .reward.judge import RewardSummary
 from .store import EventStore
 from .style.stage import StyleSummary
 from .training.dpo import DPOSummary

@@ -32,7 +32,8 @@ from .records import Candidate, Character, Example, Message, Preference, Prompt,
 from .release import registry
 from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
-from .reward.stage import RewardSummary, train_rewards
+from .reward.judge import RewardSummary
+from .reward.stage import train_rewards
 from .safety import SafetyPolicy
 from .serving.chat import ChatService
 from .store import EventStore, Position

@@ -8,8 +8,9 @@ from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Work, output_hashes
 from characterflywheel.records import Preference
 from characterflywheel.reward.composite import RewardModels
+from characterflywheel.reward.judge import RewardSummary
 from characterflywheel.reward.signals import Reply, SignalModels
-from characterflywheel.reward.stage import RewardSummary, train_rewards
+from characterflywheel.reward.stage import train_rewards
 
 CONFIG = RewardConfig(layers=2, epochs=4, learning_rate=3e-3, max_prompt_tokens=64, max_reply_tokens=24)
 
