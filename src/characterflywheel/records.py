@@ -185,6 +185,23 @@ class Candidate(Record):
     score: float | None = None
 
 
+class Rollout(Record):
+    """A reply drawn by the policy while it learns.
+
+    `logprobs[t]` is the sampler's log-probability of `token_ids[t]`, at its temperature. `step` counts from 1, which
+    draws from the policy's start. `score` is the reward model's, `reward` what was learnt from: an unsafe reply has
+    its group's lowest.
+    """
+
+    step: int
+    prompt_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    score: float
+    reward: float
+
+
 class Task(Record):
     """What an annotator is shown: the character, the history, and alternatives to judge and rank."""
 

@@ -4,12 +4,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from training_fixture import Killed, dies_at, prompt, same_weights
 
+from characterflywheel import tables
 from characterflywheel.config import RLConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.llm.chat_format import ChatFormat
+from characterflywheel.llm.native import load_model
+from characterflywheel.llm.shared_prefix import reply_logprobs
 from characterflywheel.pipeline import Work
-from characterflywheel.records import Candidate, ChatMessage
+from characterflywheel.records import Candidate, ChatMessage, Rollout
 from characterflywheel.safety.policy import SafetyPolicy
 from characterflywheel.training import learner
 from characterflywheel.training.rl import RLSummary, choose_prompts, train_rl
@@ -117,6 +122,43 @@ def test_a_killed_run_ends_in_the_same_bytes(
     assert resumed == whole
     assert same_weights(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    names = [tmp_path / name / "rollouts.parquet" for name in ("whole", "killed")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_killed_run_draws_no_step_twice(tiny_folder: Path, tmp_path: Path) -> None:
+    """The checkpoint is of the start, since a minute has not passed: three steps are learnt again, not drawn again."""
+    asked: list[int] = []
+
+    def longer(text: str) -> float:
+        asked.append(1)
+        return float(len(text))
+
+    with pytest.raises(Killed):
+        train(tmp_path, tiny_folder, FEW, Judged(longer), on_progress=dies_at(3))
+    train(tmp_path, tiny_folder, FEW, Judged(longer))
+    assert len(asked) == FEW.steps * FEW.prompts_per_step * FEW.group
+
+
+def test_every_rollout_is_kept_with_the_samplers_logprobs(tiny_folder: Path, tmp_path: Path) -> None:
+    """The first step's replies are the start's: its own forward pass gives the same log-probabilities."""
+    summary = train(tmp_path, tiny_folder, FEW, LETTERS, SafetyPolicy(classifiers=(lambda t, c: ("x",) * ("a" in t),)))
+    rows = tables.read(tmp_path / "rollouts.parquet", Rollout)
+    assert len(rows) == summary.rollouts
+    assert [r.step for r in rows] == sorted(r.step for r in rows)
+    assert summary.sampled_tokens == sum(len(r.token_ids) for r in rows)
+    for at in range(0, len(rows), FEW.group):
+        group = rows[at : at + FEW.group]
+        assert len({r.prompt_id for r in group}) == 1
+        assert [r.score for r in group] == pytest.approx([LETTERS.rule(r.text) for r in group])
+        worst = min(r.score for r in group)
+        assert [r.reward for r in group] == [worst if "a" in r.text else r.score for r in group]
+    model, tokenizer = load_model(tiny_folder, torch.float32)
+    form, asks = ChatFormat(tokenizer, FEW.max_prompt_tokens), {p.id: p.messages for p in PROMPTS}
+    first = [r for r in rows if r.step == 1]
+    with torch.no_grad():
+        again = reply_logprobs(model, [(*form.prompt(asks[r.prompt_id]), r.token_ids) for r in first])
+    assert again.logprobs.tolist() == pytest.approx([v for r in first for v in r.logprobs], abs=0.2)  # bfloat16
 
 
 def test_a_kl_term_holds_the_policy_back(tiny_folder: Path, tmp_path: Path) -> None:

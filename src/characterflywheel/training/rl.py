@@ -8,22 +8,26 @@ own log-probabilities are kept, so that the difference between the two is correc
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import tables
 from ..config import RLConfig
 from ..errors import FlywheelError
 from ..ids import derive_seed
 from ..llm.base import Sampling
+from ..llm.chat_format import ChatFormat
 from ..llm.native import NativeModel, fast_dtype, load_model
 from ..llm.shared_prefix import Path as TokenPath
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Candidate, ChatMessage, Prompt, Record
+from ..records import Candidate, ChatMessage, Prompt, Record, Rollout
 from ..safety.policy import SafetyPolicy
 from . import losses
 from .learner import Learner, micro_batches
@@ -67,7 +71,7 @@ class RLSummary(Record):
         )
 
 
-class Rollout(NamedTuple):
+class Group(NamedTuple):
     """The replies to one prompt, as the sampler drew them, with rewards and advantages (group,)."""
 
     paths: list[TokenPath]
@@ -102,7 +106,7 @@ def train_rl(
     work: Work, config: RLConfig, parent: Path, prompts: Sequence[Prompt], scorer: Scorer, safety: SafetyPolicy, *,
     threads: int, batch_replies: int, device: str = "cpu", on_progress: Advance = lambda done, total: None,
 ) -> RLSummary:  # fmt: skip
-    """Run `config.steps` GRPO steps; writes `model/` and `metrics.jsonl`.
+    """Run `config.steps` GRPO steps; writes `model/`, `metrics.jsonl` and `rollouts.parquet` (Rollout).
 
     Prompts are taken in order, from the front again when they run out. An unsafe reply gets its group's lowest
     reward. Each step samples, scores, and makes one update; with one update a step the clipped ratio is 1 and only
@@ -127,42 +131,64 @@ def train_rl(
         _push_weights(learner.model, policy)
         start = step * config.prompts_per_step
         batch = [prompts[(start + i) % len(prompts)] for i in range(config.prompts_per_step)]
-        rollouts = _roll_out(sampler, scorer, safety, batch, config, derive_seed(work.seed, step))
-        metrics = _learn(learner, rollouts, config, reference)
+        draw = partial(_roll_out, sampler, scorer, safety, batch, config, step + 1, derive_seed(work.seed, step))
+        rollouts = work.resumed(_kept(step + 1), Rollout, draw)
+        metrics = _learn(learner, _groups(rollouts, batch, sampler.format, config.group), config, reference)
         learner.update(**metrics)
         on_progress(step + 1, config.steps)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
+    every = (tables.read_jsonl(work.partial / f"{_kept(s + 1)}.jsonl", Rollout) for s in range(config.steps))
+    tables.write(work.folder / "rollouts.parquet", Rollout, chain.from_iterable(every))
     return _summary(learner.log, config)
 
 
+def _kept(step: int) -> str:
+    """Where a step's rollouts lie until the stage is complete: a killed run draws none of them twice."""
+    return f"rollouts-{step:06d}"
+
+
 def _roll_out(
-    sampler: NativeModel, scorer: Scorer, safety: SafetyPolicy, batch: Sequence[Prompt], config: RLConfig, seed: int
-) -> list[Rollout]:
+    sampler: NativeModel, scorer: Scorer, safety: SafetyPolicy, batch: Sequence[Prompt], config: RLConfig, step: int,
+    seed: int,
+) -> list[Rollout]:  # fmt: skip
+    """`config.group` replies to each prompt of the batch, in its order."""
     sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
-    segments = [sampler.format.prompt(p.messages) for p in batch]
     drawn = sampler.sample(
-        segments, n=config.group, sampling=sampling, seeds=[derive_seed(seed, p.id, i) for i, p in enumerate(batch)]
-    )
+        [sampler.format.prompt(p.messages) for p in batch], n=config.group, sampling=sampling,
+        seeds=[derive_seed(seed, p.id, i) for i, p in enumerate(batch)],
+    )  # fmt: skip
     texts = [[sampler.format.decode(ids).strip() for ids, _ in group] for group in drawn]
     scores = torch.tensor(scorer.score([p.messages for p in batch], texts))
     if not scores.isfinite().all():
         raise FlywheelError("the reward model gave a score that is not finite: look at its training before going on.")
     unsafe = torch.tensor([[not safety.check(text).allowed for text in group] for group in texts])
-    scores = torch.where(unsafe, scores.min(1, keepdim=True).values, scores)
+    rewards = torch.where(unsafe, scores.min(1, keepdim=True).values, scores)
     return [
         Rollout(
-            paths=[(*prompt, tuple(ids)) for ids, _ in group],
-            sampler=torch.tensor([value for _, logs in group for value in logs]),
-            rewards=reward, advantage=advantage, texts=said,
+            step=step, prompt_id=prompt.id, text=text, token_ids=tuple(ids), logprobs=tuple(logs), score=score,
+            reward=reward,
         )
-        for prompt, group, reward, advantage, said in zip(
-            segments, drawn, scores, losses.advantages(scores), texts, strict=True
-        )
+        for prompt, *groups in zip(batch, texts, drawn, scores.tolist(), rewards.tolist(), strict=True)
+        for text, (ids, logs), score, reward in zip(*groups, strict=True)
     ]  # fmt: skip
 
 
-def _learn(learner: Learner, rollouts: Sequence[Rollout], config: RLConfig, reference: Any | None) -> dict[str, float]:
+def _groups(rollouts: Sequence[Rollout], batch: Sequence[Prompt], form: ChatFormat, size: int) -> list[Group]:
+    rewards = torch.tensor([r.reward for r in rollouts]).view(len(batch), size)
+    segments = [form.prompt(p.messages) for p in batch]
+    return [
+        Group(
+            paths=[(*prompt, r.token_ids) for r in rollouts[size * i : size * (i + 1)]],
+            sampler=torch.tensor([value for r in rollouts[size * i : size * (i + 1)] for value in r.logprobs]),
+            rewards=rewards[i], advantage=advantage,
+            texts=[r.text for r in rollouts[size * i : size * (i + 1)]],
+        )
+        for i, (prompt, advantage) in enumerate(zip(segments, losses.advantages(rewards), strict=True))
+    ]  # fmt: skip
+
+
+def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, reference: Any | None) -> dict[str, float]:
     """Accumulate the gradient of one step over all rollouts; returns what to log.
 
     Groups of equal rewards have no gradient (unless a KL term is on) and are left out of the pass; a step with no
