@@ -15,6 +15,9 @@ from .errors import FlywheelError
 from .records import SignalKind
 
 PRESETS = Path(__file__).parent / "presets"
+GOOD_SIGNALS: frozenset[SignalKind] = frozenset({"continue", "thumb_up", "love", "pick"})
+BAD_SIGNALS: frozenset[SignalKind] = frozenset({"thumb_down", "regenerate", "report"})
+"""Of the other kinds (a reaction, an edit, a rating, words) the presence says neither, so either sign may be right."""
 
 
 class Section(BaseModel):
@@ -176,8 +179,20 @@ class RewardConfig(Section):
         description="weight of a reliable signal's standardised log-odds beside preference 1.0; others weigh nothing",
     )
     server: str | None = Field(
-        None, description="address of a scoring server that selection and RL ask instead of loading the models"
-    )
+        None, exclude=True,  # who computes is no part of what is computed, nor of a stage's identity
+        description="address of a scoring server that selection and RL ask instead of loading the models",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _preference_comes_first(self) -> Self:
+        for kind, weight in self.signal_weights.items():
+            if (kind in GOOD_SIGNALS and weight < 0) or (kind in BAD_SIGNALS and weight > 0):
+                bound = ">= 0: it is a good sign" if kind in GOOD_SIGNALS else "<= 0: it is a bad sign"
+                raise ValueError(f"signal_weights: {kind} = {weight:g} must be {bound}")
+        total = sum(abs(weight) for weight in self.signal_weights.values())
+        if not total < 1:
+            raise ValueError(f"signal_weights: together {total:g}, must be < 1 so that preference (1.0) comes first")
+        return self
 
 
 class RejectionConfig(Section):

@@ -185,6 +185,20 @@ class Candidate(Record):
     score: float | None = None
 
 
+class Scored(Record):
+    """What selection knows of one reply. `score` never says whether it may be selected: `vetoed` does.
+
+    `score` is the composite: `preference`, the standardised pointwise score, plus the weighted standardised log-odds of
+    signals. `signals` has the log-odds of every reliable signal. `vetoed` says why safety refuses the reply, whatever
+    its score; None where it does not. Values have no order, so that nobody sorts a vetoed reply by accident.
+    """
+
+    score: float
+    preference: float
+    signals: dict[SignalKind, float] = Field(default_factory=dict)
+    vetoed: str | None = None
+
+
 class Rollout(Record):
     """A reply drawn by the policy while it learns.
 

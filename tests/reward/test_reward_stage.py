@@ -50,7 +50,7 @@ def test_composite_is_preference_plus_usable_signals(policy: Path, tmp_path: Pat
     history = asks("Hi")[1:]
     rows = [Reply(f"u{i % 12}", history, "tea" if i % 2 else "rain", (float(i % 2),)) for i in range(60)]
     models.signals = SignalModels.train(rows, ("continue",), Letters(), min_auc=0.55, seed=1)
-    models.scales = {"continue": (0.5, 2.0)}
+    models.scales, models.signal_weights = {"continue": (0.5, 2.0)}, {"continue": 0.25}
     (logits,) = models.signals.logits(prompts, texts)["continue"]
     expected = [
         p + 0.25 * (s - 0.5) / 2.0 for p, s in zip(models.pointwise.score(prompts, texts)[0], logits, strict=True)

@@ -13,9 +13,10 @@ from characterflywheel.config import RejectionConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.base import Completion, Sampling
 from characterflywheel.pipeline import Work
-from characterflywheel.records import Candidate, ChatMessage, Dropped, Example
+from characterflywheel.records import Candidate, ChatMessage, Dropped, Example, Scored
+from characterflywheel.reward.selection import combine, veto
 from characterflywheel.safety.policy import SafetyPolicy
-from characterflywheel.training.rejection_sampling import RejectionSummary, reject
+from characterflywheel.training.rejection_sampling import CandidateScore, RejectionSummary, reject
 
 WORDS = ("sea", "cold", "stars", "rain", "tea", "bread")
 CONFIG = RejectionConfig(prompts=8, candidates=6, accept_share=0.5)
@@ -49,12 +50,15 @@ class Longer:
     killed = False
     scale = 1.0
 
-    def composite(
-        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
+    def judge(
+        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]], safety: SafetyPolicy
+    ) -> list[list[Scored]]:
         if self.killed:
             raise Killed
-        return [[self.scale * len(text.split()) for text in several] for several in replies]
+        scores = [[self.scale * len(text.split()) for text in several] for several in replies]
+        laughs = [[float(text.count("a")) for text in several] for several in replies]
+        parts = combine(scores, {"love": laughs}, {"love": 0.01}, {"love": (0.0, 1.0)})
+        return veto(parts, prompts, replies, safety)
 
 
 class Results:
@@ -64,7 +68,9 @@ class Results:
         self.accepted = tables.read(folder / "accepted.parquet", Candidate)
         self.rejected = tables.read(folder / "rejected.parquet", Candidate)
         self.examples = tables.read(folder / "examples.parquet", Example)
-        self.reasons = {d.id: d.reason for d in tables.read(folder / "dropped.parquet", Dropped)}
+        self.scores = tables.read(folder / "scores.parquet", CandidateScore)
+        self.dropped = {d.id: d for d in tables.read(folder / "dropped.parquet", Dropped)}
+        self.reasons = {d.id: d.reason for d in self.dropped.values()}
 
 
 def run(
@@ -128,6 +134,36 @@ def test_what_is_not_acceptable_is_never_accepted(writer: Writer, reason: str, t
     assert reason in {out.reasons[c.id] for c in bad} <= {reason, "repeated"}
 
 
+def test_every_candidate_shows_what_its_score_is_made_of(tmp_path: Path) -> None:
+    harmful = Writer("bad", "a very long and good reply about poison in the well for all the people")
+    _, out = run(tmp_path, (Writer("parent"), harmful))
+    candidates = {c.id: c for c in out.accepted + out.rejected}
+    assert [row.id for row in out.scores] == list(dict.fromkeys(row.id for row in out.scores))
+    assert {row.id for row in out.scores} == set(candidates)
+    for row in out.scores:
+        text = candidates[row.id].text
+        assert (row.prompt_id, row.policy) == (candidates[row.id].prompt_id, candidates[row.id].policy)
+        assert row.score == candidates[row.id].score == pytest.approx(row.preference + 0.01 * row.signals["love"])
+        assert row.preference == len(text.split())
+        assert row.signals == {"love": text.count("a")}
+        assert row.vetoed == ("harm" if "poison" in text else None)
+        assert row.accepted == (row.id in {c.id for c in out.accepted})
+    vetoed = [row for row in out.scores if row.vetoed]
+    assert len(vetoed) == 24
+    assert min(row.score for row in vetoed) > max(row.score for row in out.scores if row.accepted)
+    assert {(out.dropped[row.id].reason, out.dropped[row.id].detail) for row in vetoed} == {("unsafe", "harm")}
+
+
+def test_a_reply_is_judged_as_the_answer_to_its_prompt(tmp_path: Path) -> None:
+    agrees = SafetyPolicy(classifiers=(lambda text, context: ("harm",) if "hello" in context else (),))
+    prompts = [prompt(i) for i in range(6)]
+    summary = reject(Work(tmp_path, 7), CONFIG, prompts, {"parent": Writer("parent")}, Longer(), agrees)
+    greeted = {p.id for p in prompts if "hello" in p.messages[-1].content}
+    assert greeted
+    assert greeted == {row.prompt_id for row in Results(tmp_path).scores if row.vetoed}
+    assert summary.reasons["unsafe"] > 0
+
+
 def test_a_repeated_text_is_kept_once(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"accept_per_prompt": 6, "accept_share": 1.0})
     summary, out = run(tmp_path, (Writer("a", "the sea"), Writer("b", "the sea")), config)
@@ -157,7 +193,7 @@ def test_a_killed_run_draws_nothing_twice_and_ends_the_same(tmp_path: Path) -> N
     whole, _ = run(tmp_path / "whole")
     assert [w.calls for w in pool] == [24, 24]
     assert resumed == whole
-    for file in ("accepted", "rejected", "examples", "dropped"):
+    for file in ("accepted", "rejected", "scores", "examples", "dropped"):
         name = f"{file}.parquet"
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

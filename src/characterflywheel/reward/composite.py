@@ -1,7 +1,7 @@
 """The trained reward models together, and the composite score used for selection (PAPER section 3).
 
 Preference first, user signals as auxiliaries, and of those only the ones that can rank unseen users' reactions. Safety
-is no part of the score: the caller vetoes.
+is no part of the score but a veto beside it (see `selection`).
 """
 
 import json
@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FlywheelError
-from ..records import ChatMessage, Record, SignalKind
+from ..records import ChatMessage, Record, Scored, SignalKind
+from ..safety.policy import SafetyPolicy
 from . import backbone
 from .pairwise import Pairwise
 from .pointwise import Pointwise, Scale
+from .selection import Conversations, combine, veto
 from .signals import Embeds, SignalModels
 
 
@@ -31,30 +33,39 @@ class Settings(Record):
 
 
 class RewardModels:
-    """The preference models, the signal models, and their composite."""
+    """The preference models, the signal models, and their composite. `gold`: judges over-optimisation, never trains."""
 
     def __init__(
         self, pointwise: Pointwise, pairwise: Pairwise, signals: SignalModels,
-        signal_weights: Mapping[SignalKind, float],        scales: dict[str, tuple[float, float]],
+        signal_weights: Mapping[SignalKind, float], scales: Mapping[str, tuple[float, float]],
+        gold: Pointwise | None = None,
     ) -> None:  # fmt: skip
-        self.pointwise, self.pairwise, self.signals = pointwise, pairwise, signals
-        self.signal_weights, self.scales = dict(signal_weights), scales
+        self.pointwise, self.pairwise, self.signals, self.gold = pointwise, pairwise, signals, gold
+        self.signal_weights, self.scales = dict(signal_weights), dict(scales)
 
-    def composite(
-        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
-    ) -> list[list[float]]:
-        """Standardised preference score plus the weighted standardised log-odds of the usable signals."""
-        scores = [np.array(mine) for mine in self.pointwise.score(prompts, replies)]
-        weights = {k: w for k, w in self.signal_weights.items() if w and k in self.signals.usable}
-        if weights:
-            logits = self.signals.logits(prompts, replies)
-            for kind, given in weights.items():
-                mean, deviation = self.scales[kind]
-                weight = given / deviation
-                scores = [
-                    mine + weight * (np.array(part) - mean) for mine, part in zip(scores, logits[kind], strict=True)
-                ]
-        return [mine.tolist() for mine in scores]
+    @property
+    def weights(self) -> dict[SignalKind, float]:
+        """The weights that count: of signals that were reliable on unseen users. Preference has 1."""
+        return {kind: w for kind, w in self.signal_weights.items() if w and kind in self.signals.usable}
+
+    def composite(self, prompts: Conversations, replies: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Standardised preference score plus the weighted standardised log-odds of the usable signals; no veto."""
+        if not self.weights:
+            return self.pointwise.score(prompts, replies)
+        return [[one.score for one in several] for several in self.parts(prompts, replies)]
+
+    def parts(self, prompts: Conversations, replies: Sequence[Sequence[str]]) -> list[list[Scored]]:
+        """Each reply's composite score and what it is made of, before safety is asked."""
+        usable = sorted(self.signals.usable)
+        logits = self.signals.logits(prompts, replies) if usable else {}
+        preference = self.pointwise.score(prompts, replies)
+        return combine(preference, {kind: logits[kind] for kind in usable}, self.weights, self.scales)
+
+    def judge(
+        self, prompts: Conversations, replies: Sequence[Sequence[str]], safety: SafetyPolicy
+    ) -> list[list[Scored]]:
+        """What selection goes by: every reply's parts, and safety's veto."""
+        return veto(self.parts(prompts, replies), prompts, replies, safety)
 
     def save(self, folder: Path) -> None:
         """Safetensors and JSON, without the policy's folder being needed again."""

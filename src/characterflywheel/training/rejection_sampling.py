@@ -14,18 +14,18 @@ from ..ids import derive_id, derive_seed
 from ..llm.base import ChatModel, Sampling
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Candidate, ChatMessage, Dropped, Example, Prompt, Record
+from ..records import Candidate, ChatMessage, Dropped, Example, Prompt, Record, Scored, SignalKind
 from ..safety.policy import SafetyPolicy
 
 PROMPTS_A_CHUNK = 32
 
 
 class Judge(Protocol):
-    """The composite score of reward models: preference first, reliable signals as auxiliaries."""
+    """The composite score of reward models: preference first, reliable signals as auxiliaries, safety as a veto."""
 
-    def composite(
-        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]
-    ) -> list[list[float]]: ...
+    def judge(
+        self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]], safety: SafetyPolicy
+    ) -> list[list[Scored]]: ...
 
 
 class RejectionSummary(Record):
@@ -56,6 +56,19 @@ class Drawn(Record):
     tokens: int
 
 
+class CandidateScore(Record):
+    """Why a candidate was chosen or not: the parts of its score (see `Scored`) and what became of it."""
+
+    id: str
+    prompt_id: str
+    policy: str
+    score: float
+    preference: float
+    signals: dict[SignalKind, float]
+    vetoed: str | None
+    accepted: bool
+
+
 def reject(
     work: Work,
     config: RejectionConfig,
@@ -69,7 +82,7 @@ def reject(
 
     The threshold is the score that `config.accept_share` of the prompts' best replies reach, so hard prompts
     without a good reply teach nothing. Writes `accepted.parquet`, `rejected.parquet` (Candidate with score),
-    `examples.parquet` (Example) and `dropped.parquet`.
+    `scores.parquet` (CandidateScore, every candidate's parts), `examples.parquet` (Example) and `dropped.parquet`.
 
     Raises:
         FlywheelError: no prompt is for training, or a score is not finite.
@@ -90,17 +103,19 @@ def reject(
             drawn += work.resumed(f"{policy}-{start:06d}", Drawn, draw)
         on_progress(start + len(chunk), len(chosen))
     by_prompt = {p.id: [d.candidate for d in drawn if d.candidate.prompt_id == p.id] for p in chosen}
-    scores = judge.composite([p.messages for p in chosen], [[c.text for c in by_prompt[p.id]] for p in chosen])
-    if not all(math.isfinite(score) for several in scores for score in several):
+    texts = [[c.text for c in by_prompt[p.id]] for p in chosen]
+    judged = judge.judge([p.messages for p in chosen], texts, safety)
+    if not all(math.isfinite(one.score) for several in judged for one in several):
         raise FlywheelError(
             "the reward models gave a score that is not finite: look at their training before going on."
         )
+    parts = {c.id: one for p, several in zip(chosen, judged, strict=True)
+             for c, one in zip(by_prompt[p.id], several, strict=True)}  # fmt: skip
     scored = {
-        p.id: [c.model_copy(update={"score": s}) for c, s in zip(by_prompt[p.id], values, strict=True)]
-        for p, values in zip(chosen, scores, strict=True)
+        p: [c.model_copy(update={"score": parts[c.id].score}) for c in several] for p, several in by_prompt.items()
     }
     dropped: list[Dropped] = []
-    ranked = {p.id: _rank(scored[p.id], safety, dropped) for p in chosen}
+    ranked = {p.id: _rank(scored[p.id], parts, dropped) for p in chosen}
     best = sorted((rows[0].score or 0.0 for rows in ranked.values() if rows), reverse=True)
     threshold = best[min(len(best), max(1, round(config.accept_share * len(chosen)))) - 1] if best else 0.0
     accepted: list[tuple[Prompt, Candidate]] = []
@@ -111,6 +126,8 @@ def reject(
     rejected = [c for p in chosen for c in scored[p.id] if c.id not in ids]
     tables.write(work.folder / "accepted.parquet", Candidate, [c for _, c in accepted])
     tables.write(work.folder / "rejected.parquet", Candidate, rejected)
+    told = [_told(c, parts[c.id], c.id in ids) for p in chosen for c in scored[p.id]]
+    tables.write(work.folder / "scores.parquet", CandidateScore, told)
     tables.write(work.folder / "examples.parquet", Example, [_example(p, c) for p, c in accepted])
     tables.write(work.folder / "dropped.parquet", Dropped, dropped)
     every = [c.score or 0.0 for rows in scored.values() for c in rows]
@@ -145,28 +162,38 @@ def _draw(
     ]  # fmt: skip
 
 
-def _rank(candidates: Sequence[Candidate], safety: SafetyPolicy, dropped: list[Dropped]) -> list[Candidate]:
+def _rank(candidates: Sequence[Candidate], parts: Mapping[str, Scored], dropped: list[Dropped]) -> list[Candidate]:
     """Acceptable candidates, best first; why the others are not goes into `dropped`."""
     kept: list[Candidate] = []
     seen: set[str] = set()
     for candidate in sorted(candidates, key=lambda c: (-(c.score or 0.0), c.id)):
-        reason = None
+        reason, detail = None, ""
         if not candidate.text:
             reason = "empty"
         elif candidate.finish_reason == "length":
             reason = "cut_off"
         elif candidate.text in seen:
             reason = "repeated"
-        elif not safety.check(candidate.text).allowed:
-            reason = "unsafe"
+        elif parts[candidate.id].vetoed is not None:
+            reason, detail = "unsafe", parts[candidate.id].vetoed or ""
         if reason:
             dropped.append(
-                Dropped(id=candidate.id, stage="rejection_sampling", reason=reason, prompt_id=candidate.prompt_id)
-            )
+                Dropped(
+                    id=candidate.id, stage="rejection_sampling", reason=reason, detail=detail,
+                    prompt_id=candidate.prompt_id,
+                )
+            )  # fmt: skip
         else:
             seen.add(candidate.text)
             kept.append(candidate)
     return kept
+
+
+def _told(candidate: Candidate, one: Scored, accepted: bool) -> CandidateScore:
+    return CandidateScore(
+        id=candidate.id, prompt_id=candidate.prompt_id, policy=candidate.policy, score=one.score,
+        preference=one.preference, signals=one.signals, vetoed=one.vetoed, accepted=accepted,
+    )  # fmt: skip
 
 
 def _example(prompt: Prompt, candidate: Candidate) -> Example:
