@@ -247,6 +247,15 @@ class RLConfig(Section):
     train_layers: int | None = Field(None, ge=1)
 
 
+class OveroptimisationConfig(Section):
+    """How far proxy and gold reward go together (Gao, Schulman, Hilton 2022); all read after training."""
+
+    rl_points: int = Field(8, ge=1, description="RL's steps are pooled into at most so many points")
+    rl_prompts: int = Field(128, ge=1, description="prompts of RL that are read, evenly over its steps")
+    start_replies: int = Field(4, ge=2, description="replies of RL's start to each of them, what it is compared with")
+    draws: int = Field(1000, ge=100, description="of the bootstrap over prompts")
+
+
 class OfflineConfig(Section):
     """Offline evaluation (PAPER section 6)."""
 
@@ -313,6 +322,7 @@ class FlywheelConfig(Section):
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
     rl: RLConfig = RLConfig()
+    overoptimisation: OveroptimisationConfig = OveroptimisationConfig()
     offline: OfflineConfig = OfflineConfig()
     style: StyleConfig = StyleConfig()
     gate: GateConfig = GateConfig()

@@ -85,6 +85,55 @@ class StyleShift(Record):
     alarm: bool = False
 
 
+class OptimisedPoint(Record):
+    """One strength of optimisation: the best of `n`, or `steps` of RL (first and last). At n = 1 rewards are 0.
+
+    `distance` is sqrt(KL to where the policy starts), in nats; rewards and their `gap`, proxy minus gold, are in
+    standard deviations of the start's replies to one prompt. `kl_plain` is the estimator without variance reduction.
+    """
+
+    n: int | None = None
+    steps: tuple[int, int] | None = None
+    distance: float
+    kl: Estimate
+    kl_plain: Estimate | None = None
+    proxy: Estimate
+    gold: Estimate
+    gap: Estimate
+
+
+class ScalingFit(Record):
+    """R(d) = d (alpha - beta d) of best-of-n, d (alpha - beta log d) of RL (Gao, Schulman, Hilton 2022).
+
+    `turn` is the distance from which R falls, `turn_n` its n; without a value where the data do not reach it.
+    """
+
+    alpha: Estimate
+    beta: Estimate
+    turn: Estimate
+    turn_n: float | None = None
+    farthest: float
+    r2: float | None = None
+    residual: float | None = None
+
+
+class OptimisationCurve(Record):
+    """Proxy and gold reward over the distance that one way of optimising goes.
+
+    `gap_growth`: standard deviations that the gap grows by for each unit of distance; `ties`: share of pairs of
+    candidates with equal proxy scores, at 0 of which the KL of best-of-n is exact and else a bound.
+    """
+
+    way: Literal["best_of_n", "rl"]
+    prompts: int
+    replies: int
+    points: tuple[OptimisedPoint, ...]
+    proxy: ScalingFit
+    gold: ScalingFit
+    gap_growth: Estimate
+    ties: float | None = None
+
+
 class GateCriterion(Record):
     """One line of the gate; the fields are those of `release.gate.Criterion`.
 
@@ -202,6 +251,7 @@ class LedgerRow(Record):
     production: dict[str, Compared]
     steerability: Steerability
     style: tuple[StyleShift, ...] = ()
+    overoptimisation: tuple[OptimisationCurve, ...] = ()
     gate: Gate
     experiment: Experiment | None = None
     verdict: Verdict | None = None
