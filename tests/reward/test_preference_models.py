@@ -4,11 +4,14 @@ import pytest
 import torch
 from reward_fixture import asks, pairs, tiny_policy
 
+from characterflywheel.config import RewardConfig
 from characterflywheel.errors import FlywheelError
-from characterflywheel.reward import backbone
+from characterflywheel.reward import export, network
+from characterflywheel.reward.fit import schedule
 from characterflywheel.reward.pairwise import Pairwise
 from characterflywheel.reward.pointwise import Pointwise
-from characterflywheel.reward.stage import schedule
+
+CONFIG = RewardConfig(layers=2, max_prompt_tokens=64, max_reply_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +20,11 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pointwise(policy: Path) -> Pointwise:
-    return Pointwise(backbone.from_policy(policy, 2, 1), backbone.chat_format(policy, 64), 24, threads=1)
+    return Pointwise.from_folder(policy, CONFIG, threads=1)
 
 
 def pairwise(policy: Path) -> Pairwise:
-    return Pairwise(backbone.from_policy(policy, 2, 2), backbone.chat_format(policy, 64), 24, threads=1)
+    return Pairwise.from_folder(policy, CONFIG, threads=1)
 
 
 def trained(model: Pointwise | Pairwise) -> list[float]:
@@ -92,23 +95,22 @@ def test_swapping_the_replies_swaps_the_answer_exactly(judge: Pairwise):
 
 
 def test_saved_and_loaded_score_the_same_up_to_bfloat16(scorer: Pointwise, tmp_path: Path):
-    backbone.save_shared(scorer.net, scorer.form, tmp_path)
-    backbone.save(scorer.net, tmp_path / "pointwise.safetensors")
-    again = Pointwise(backbone.load(tmp_path, "pointwise", 1), scorer.form, 24, scorer.scale, threads=1)
+    export.save_pointwise(scorer, tmp_path)
+    again = export.load_pointwise(tmp_path, threads=1)
     texts = [["I like tea. Do you?", "I like tea."]]
     assert again.score([asks("Hi")], texts)[0] == pytest.approx(scorer.score([asks("Hi")], texts)[0], abs=0.1)
     assert again.net.model.embed_tokens.weight.device.type == "cpu"
 
 
 def test_too_many_layers_and_absent_models_are_clear_errors(policy: Path, tmp_path: Path):
-    with pytest.raises(FlywheelError, match=r"reward.layers = 3, the policy has 2"):
-        backbone.from_policy(policy, 3, 1)
+    with pytest.raises(FlywheelError, match=r"reward.layers = 3, the backbone has 2"):
+        network.from_folder(policy, 3, 1)
     with pytest.raises(FlywheelError, match="holds no reward model"):
-        backbone.load(tmp_path, "pointwise", 1)
+        export.load_pointwise(tmp_path)
 
 
 def test_batches_cover_everything_once_in_order():
-    ranges = list(backbone.in_batches([3, 3, 3, 9, 1], limit=6))
+    ranges = list(network.in_batches([3, 3, 3, 9, 1], limit=6))
     assert [list(r) for r in ranges] == [[0, 1], [2], [3], [4]]
 
 

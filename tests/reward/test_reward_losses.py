@@ -32,4 +32,4 @@ def test_swapped_pair_with_swapped_label_costs_the_same():
 
 
 def test_centring_is_the_mean_square():
-    assert centring(torch.tensor([1.0, -3.0])).item() == 5.0
+    assert centring(torch.tensor([1.0, -3.0]), torch.tensor([1.0, 0.0])).item() == 6.5

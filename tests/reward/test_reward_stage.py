@@ -59,7 +59,7 @@ def test_composite_is_preference_plus_usable_signals(policy: Path, tmp_path: Pat
 
 
 def test_no_pairs_to_train_on_and_absent_models_are_clear_errors(policy: Path, tmp_path: Path):
-    with pytest.raises(FlywheelError, match="none to train on: annotate more prompts"):
+    with pytest.raises(FlywheelError, match="no preference pairs to train on .*: annotate more prompts"):
         run(tmp_path / "none", policy, [p for p in pairs() if p.held_out])
     with pytest.raises(FlywheelError, match="holds no reward models"):
         RewardModels.load(tmp_path, Letters())

@@ -14,20 +14,16 @@ from numpy.typing import NDArray
 from ..errors import FlywheelError
 from ..records import ChatMessage, Record, Scored, SignalKind
 from ..safety.policy import SafetyPolicy
-from . import backbone
+from . import export
 from .pairwise import Pairwise
-from .pointwise import Pointwise, Scale
+from .pointwise import Pointwise
 from .selection import Conversations, combine, veto
 from .signals import Embeds, SignalModels
 
 
 class Settings(Record):
-    """What is no weight about the saved models. `scales`: mean and deviation of each signal's log-odds."""
+    """How the saved models are used together. `scales`: mean and deviation of each signal's log-odds."""
 
-    max_prompt_tokens: int
-    max_reply_tokens: int
-    pointwise_mean: float
-    pointwise_deviation: float
     signal_weights: dict[SignalKind, float]
     scales: dict[str, tuple[float, float]]
 
@@ -68,19 +64,13 @@ class RewardModels:
         return veto(self.parts(prompts, replies), prompts, replies, safety)
 
     def save(self, folder: Path) -> None:
-        """Safetensors and JSON, without the policy's folder being needed again."""
-        settings = Settings(
-            max_prompt_tokens=self.pointwise.form.max_prompt_tokens,
-            max_reply_tokens=self.pointwise.max_reply_tokens,
-            pointwise_mean=self.pointwise.scale.mean,
-            pointwise_deviation=self.pointwise.scale.deviation,
-            signal_weights=self.signal_weights,
-            scales=self.scales,
-        )
+        """Safetensors and JSON, without the policy's folder being needed again (`pointwise/`: see `export`)."""
+        settings = Settings(signal_weights=self.signal_weights, scales=self.scales)
         (folder / "reward.json").write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        backbone.save_shared(self.pointwise.net, self.pointwise.form, folder)
-        backbone.save(self.pointwise.net, folder / "pointwise.safetensors")
-        backbone.save(self.pairwise.net, folder / "pairwise.safetensors")
+        export.save_pointwise(self.pointwise, folder / "pointwise")
+        export.save_pairwise(self.pairwise, folder / "pairwise.safetensors")
+        if self.gold is not None:
+            export.save_pointwise(self.gold, folder / "gold")
         self.signals.save(folder)
 
     @classmethod
@@ -90,12 +80,11 @@ class RewardModels:
             settings = Settings.model_validate(json.loads((folder / "reward.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise FlywheelError(f"{folder} holds no reward models: run the reward stage.") from None
-        form = backbone.chat_format(folder / "tokenizer", settings.max_prompt_tokens)
-        scale = Scale(settings.pointwise_mean, settings.pointwise_deviation)
-        limit = settings.max_reply_tokens
-        pointwise = Pointwise(backbone.load(folder, "pointwise", 1).to(device), form, limit, scale, threads)
-        pairwise = Pairwise(backbone.load(folder, "pairwise", 2).to(device), form, limit, threads)
-        return cls(pointwise, pairwise, SignalModels.load(folder, encoder), settings.signal_weights, settings.scales)
+        pointwise = export.load_pointwise(folder / "pointwise", threads, device)
+        pairwise = export.load_pairwise(folder / "pairwise.safetensors", pointwise)
+        gold = export.load_pointwise(folder / "gold", threads, device) if (folder / "gold").exists() else None
+        signals = SignalModels.load(folder, encoder)
+        return cls(pointwise, pairwise, signals, settings.signal_weights, settings.scales, gold)
 
 
 def signal_scales(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from math import log
 
+from pydantic import Field
+
 from ..ledger import SignalQuality
 from ..records import Estimate, Preference, Record
 from .composite import RewardModels
@@ -20,6 +22,7 @@ class RewardSummary(Record):
     signals: dict[str, SignalQuality]
     pointwise: PreferenceEvaluation
     pairwise: PreferenceEvaluation
+    dropped: dict[str, int] = Field(default_factory=dict)
 
     def line(self) -> str:
         """One line for people."""

@@ -4,81 +4,110 @@ One sequence holds the context, the first reply and the second; the head reads t
 both orders, and answered in both: (p(A, B) + 1 - p(B, A)) / 2, so that swapping the replies swaps the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..llm.chat_format import ChatFormat
+from ..config import RewardConfig
+from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
-from . import backbone
-from .losses import bradley_terry
+from . import fit, format, network
+
+
+class Orders(NamedTuple):
+    """P(the reply read first is better), with the caller's first reply read first, and with its second."""
+
+    straight: list[float]
+    swapped: list[float]
 
 
 class Pairwise:
-    """Compares two replies to one prompt."""
+    """Compares two replies to one prompt. Its log-odds are divided by `temperature`."""
 
-    def __init__(self, net: backbone.Backbone, form: ChatFormat, max_reply_tokens: int, threads: int = 2) -> None:
-        self.net, self.form, self.max_reply_tokens, self.threads = net, form, max_reply_tokens, threads
-        self.opening = backbone.reply_opening(form)
+    def __init__(
+        self, net: network.RewardNetwork, form: format.Form, *, temperature: float = 1.0, threads: int = 2
+    ) -> None:
+        self.net, self.form, self.temperature, self.threads = net, form, temperature, threads
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, config: RewardConfig, *, seed: int = 0, threads: int = 2, device: str = "cpu"
+    ) -> "Pairwise":
+        """An untrained one on a backbone's folder; it has no opinion yet (0.5)."""
+        net = network.from_folder(folder, config.layers, 2, lora_rank=config.lora_rank, seed=seed)
+        form = format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
+        return cls(net.to(device), form, threads=threads)
 
     def prefers(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[float]:
         """P(first is better than second) for each prompt; swapped replies give exactly one minus that."""
         one, two = self.both_orders(prompts, firsts, seconds)
-        return [(p + (1.0 - q)) / 2 for p, q in zip(one, two, strict=True)]
+        # the same sum whichever reply is named first: addition in floating point minds its order
+        answers = []
+        for p, q, a, b in zip(one, two, firsts, seconds, strict=True):
+            answers.append(1.0 - (q + (1.0 - p)) / 2 if a > b else (p + (1.0 - q)) / 2)
+        return answers
 
     def both_orders(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
-    ) -> tuple[list[float], list[float]]:
-        """P(the reply read first is better): with `firsts` read first, and with `seconds` read first."""
+    ) -> Orders:
+        """P(the reply read first is better) in both orders of reading.
+
+        Raises FlywheelError for an answer that is not finite, and for a prompt that cannot fit.
+        """
         torch.set_num_threads(self.threads)
         # equal whichever reply the caller names first, to the last bit: the smaller text is always laid out first
         turned = [a > b for a, b in zip(firsts, seconds, strict=True)]
-        triples = [(p, b, a) if t else (p, a, b) for p, a, b, t in zip(prompts, firsts, seconds, turned, strict=True)]
-        paths = [path for p, a, b in triples for path in (self.path(p, a, b), self.path(p, b, a))]
-        sizes = [
-            sum(map(len, path)) + sum(map(len, other[-2:])) for path, other in zip(paths[::2], paths[1::2], strict=True)
+        pairs = [
+            self.paths(p, b, a) if t else self.paths(p, a, b)
+            for p, a, b, t in zip(prompts, firsts, seconds, turned, strict=True)
         ]
-        forward: list[float] = []
-        backward: list[float] = []
-        for batch in backbone.in_batches(sizes):
-            mine = paths[2 * batch.start : 2 * batch.stop]
+        sizes = [sum(map(len, one)) + sum(map(len, two[-2:])) for one, two in pairs]
+        orders = Orders([], [])
+        for batch in network.in_batches(sizes):
             with torch.inference_mode():
-                p = torch.sigmoid(self.raw(mine).double()).view(-1, 2).tolist()
-            for i, (straight, swapped) in zip(batch, p, strict=True):
-                forward.append(swapped if turned[i] else straight)
-                backward.append(straight if turned[i] else swapped)
-        return forward, backward
+                logits = self.raw([path for i in batch for path in pairs[i]]).double() / self.temperature
+            if not bool(torch.isfinite(logits).all()):
+                raise FlywheelError(
+                    f"the pairwise reward model gave {int((~torch.isfinite(logits)).sum())} answers of {len(logits)} "
+                    "that are not finite: its weights are damaged; train the reward stage again."
+                )
+            for i, (p, q) in zip(batch, torch.sigmoid(logits).view(-1, 2).tolist(), strict=True):
+                orders.straight.append(q if turned[i] else p)
+                orders.swapped.append(p if turned[i] else q)
+        return orders
 
-    def path(self, prompt: Sequence[ChatMessage], first: str, second: str) -> TokenPath:
-        """Token segments: system prompt, history, first reply, second reply with what opens a reply before it."""
-        head = backbone.prompt_path(self.form, prompt)
-        one, two = (backbone.reply_segment(self.form, text, self.max_reply_tokens) for text in (first, second))
-        return (*head, one, (*self.opening, *two))
+    def paths(self, prompt: Sequence[ChatMessage], first: str, second: str) -> tuple[TokenPath, TokenPath]:
+        """Both orders as token segments: the prompt's, one reply, the other with what opens a reply before it."""
+        head = self.form.prompt(tuple(prompt))
+        one, two = self.form.reply(first), self.form.reply(second)
+        return (*head, one, (*self.form.opening, *two)), (*head, two, (*self.form.opening, *one))
 
     def raw(self, paths: Sequence[TokenPath]) -> Tensor:
-        """Log-odds that the first reply of each path is better, with gradients."""
+        """Log-odds that the first reply of each path is better, with gradients where enabled."""
         ends = [(sum(map(len, path[:-1])) - 1, sum(map(len, path)) - 1) for path in paths]
-        logits: Tensor = self.net(paths, ends)
-        return logits
+        return self.net(paths, ends).squeeze(1)  # type: ignore[no-any-return]
 
     def fit(
         self,
         steps: Sequence[Sequence[Preference]],
         learning_rate: float,
-        on_step: Callable[[float], None] = lambda _: None,
+        on_step: fit.OnStep = lambda _: None,
+        objective: fit.Objective = fit.Objective(),
     ) -> None:
-        """Train on batches of pairs, each in both orders."""
+        """Train on batches of pairs, each in both orders. Scores of pairs need no centring: swapping does it."""
+        pairs = {pair.id: pair for step in steps for pair in step}
+        orders = {p.id: self.paths(p.prompt, p.chosen[-1].content, p.rejected[-1].content) for p in pairs.values()}
 
-        def loss_of(pairs: Sequence[Preference]) -> Tensor:
-            sides = [(p.prompt, p.chosen[-1].content, p.rejected[-1].content) for p in pairs]
-            paths = [path for p, a, b in sides for path in (self.path(p, a, b), self.path(p, b, a))]
-            labels = torch.tensor([label for p in pairs for label in (p.label, 1 - p.label)])
-            logits = self.raw(paths)
-            return bradley_terry(logits, labels.to(logits.device))
+        def loss_of(batch: Sequence[Preference]) -> Tensor:
+            labels = [label for p in batch for label in (p.label, 1 - p.label)]
+            strengths = [strength for p in batch for strength in (p.strength, -p.strength)]
+            return objective.loss(self.raw([path for p in batch for path in orders[p.id]]), labels, strengths)
 
         torch.set_num_threads(self.threads)
-        backbone.train(self.net, steps, loss_of, learning_rate=learning_rate, on_step=on_step)
+        fit.train(self.net, steps, loss_of, learning_rate=learning_rate, on_step=on_step)

@@ -3,19 +3,19 @@
 Its score drives reinforcement learning and selection.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..llm.chat_format import ChatFormat
+from ..config import RewardConfig
+from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
-from . import backbone
-from .losses import bradley_terry, centring
-
-CENTRING = 0.01
+from . import fit, format, network
+from .losses import centring
 
 
 class Scorer(Protocol):
@@ -34,34 +34,47 @@ class Scale(NamedTuple):
 
 
 class Pointwise:
-    """Scores replies, standardised by `scale`. A difference times `scale.deviation` is the log-odds of preference."""
+    """Scores replies, standardised by `scale`.
+
+    A difference times `scale.deviation` is the log-odds of preference, before they are divided by `temperature`.
+    """
 
     def __init__(
-        self,
-        net: backbone.Backbone,
-        form: ChatFormat,
-        max_reply_tokens: int,
-        scale: Scale = Scale(0.0, 1.0),
-        threads: int = 2,
-    ) -> None:
-        self.net, self.form, self.max_reply_tokens, self.scale, self.threads = (
-            net,
-            form,
-            max_reply_tokens,
-            scale,
-            threads,
-        )
+        self, net: network.RewardNetwork, form: format.Form, *, scale: Scale = Scale(0.0, 1.0),
+        temperature: float = 1.0, threads: int = 2,
+    ) -> None:  # fmt: skip
+        self.net, self.form, self.threads = net, form, threads
+        self.scale, self.temperature = scale, temperature
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, config: RewardConfig, *, seed: int = 0, threads: int = 2, device: str = "cpu"
+    ) -> "Pointwise":
+        """An untrained one on a backbone's folder; it has no opinion yet (scores 0)."""
+        net = network.from_folder(folder, config.layers, 1, lora_rank=config.lora_rank, seed=seed)
+        form = format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
+        return cls(net.to(device), form, threads=threads)
 
     def score(self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Standardised scores of the replies of each prompt; each prompt is run once for all of its replies."""
+        """Standardised scores of the replies of each prompt; each prompt is run once for all of its replies.
+
+        Raises FlywheelError for a score that is not finite, and for a prompt that cannot fit.
+        """
         torch.set_num_threads(self.threads)
-        paths = [[self.path(p, text) for text in texts] for p, texts in zip(prompts, replies, strict=True)]
-        sizes = [sum(len(s) for s in mine[0]) + sum(len(p[-1]) for p in mine[1:]) if mine else 0 for mine in paths]
+        paths = [self.paths(prompt, texts) for prompt, texts in zip(prompts, replies, strict=True)]
+        sizes = [sum(map(len, mine[0])) + sum(len(path[-1]) for path in mine[1:]) if mine else 0 for mine in paths]
         out: list[list[float]] = []
-        for batch in backbone.in_batches(sizes):
+        for batch in network.in_batches(sizes):
             mine = [path for i in batch for path in paths[i]]
-            with torch.inference_mode():
-                flat = iter(self.raw(mine).tolist() if mine else [])
+            if mine:
+                with torch.inference_mode():
+                    raw = self.raw(mine)
+                if not bool(torch.isfinite(raw).all()):
+                    raise FlywheelError(
+                        f"the pointwise reward model gave {int((~torch.isfinite(raw)).sum())} scores of {len(mine)} "
+                        "that are not finite: its weights are damaged; train the reward stage again."
+                    )
+            flat = iter(raw.tolist() if mine else [])
             out += [[(next(flat) - self.scale.mean) / self.scale.deviation for _ in paths[i]] for i in batch]
         return out
 
@@ -71,37 +84,39 @@ class Pointwise:
         """P(first is better than second) for each prompt."""
         scores = self.score(prompts, list(zip(firsts, seconds, strict=True)))
         margins = torch.tensor([a - b for a, b in scores], dtype=torch.float64) * self.scale.deviation
-        return [float(p) for p in torch.sigmoid(margins)]
+        return [float(p) for p in torch.sigmoid(margins / self.temperature)]
 
-    def path(self, prompt: Sequence[ChatMessage], text: str) -> TokenPath:
-        """Token segments from the system prompt to the end of the reply."""
-        return (
-            *backbone.prompt_path(self.form, prompt), backbone.reply_segment(self.form, text, self.max_reply_tokens)
-        )  # fmt: skip
+    def paths(self, prompt: Sequence[ChatMessage], texts: Sequence[str]) -> list[TokenPath]:
+        """For each reply, token segments from the system prompt to the reply's end."""
+        if not texts:
+            return []
+        head = self.form.prompt(tuple(prompt))
+        return [(*head, self.form.reply(text)) for text in texts]
 
     def raw(self, paths: Sequence[TokenPath]) -> Tensor:
-        """Scores before standardisation, with gradients; the head reads the last token."""
-        scores: Tensor = self.net(paths, [(sum(map(len, path)) - 1,) for path in paths])
-        return scores
+        """Scores before standardisation, with gradients where enabled; the head reads the last token."""
+        return self.net(paths, [(sum(map(len, path)) - 1,) for path in paths]).squeeze(1)  # type: ignore[no-any-return]
 
     def fit(
         self,
         steps: Sequence[Sequence[Preference]],
         learning_rate: float,
-        on_step: Callable[[float], None] = lambda _: None,
+        on_step: fit.OnStep = lambda _: None,
+        objective: fit.Objective = fit.Objective(),
     ) -> None:
         """Train on batches of pairs, then set `scale` on their replies."""
+        pairs = {pair.id: pair for step in steps for pair in step}
+        sides = {p.id: self.paths(p.prompt, (p.chosen[-1].content, p.rejected[-1].content)) for p in pairs.values()}
 
-        def loss_of(pairs: Sequence[Preference]) -> Tensor:
-            paths = [self.path(p.prompt, side[-1].content) for p in pairs for side in (p.chosen, p.rejected)]
-            chosen, rejected = self.raw(paths).view(-1, 2).unbind(1)
-            labels = torch.tensor([p.label for p in pairs], device=chosen.device)
-            return bradley_terry(chosen - rejected, labels) + CENTRING * centring((chosen + rejected) / 2)
+        def loss_of(batch: Sequence[Preference]) -> Tensor:
+            chosen, rejected = self.raw([path for p in batch for path in sides[p.id]]).view(-1, 2).unbind(1)
+            loss = objective.loss(chosen - rejected, [p.label for p in batch], [p.strength for p in batch])
+            return loss + objective.centring * centring(chosen, rejected)
 
         torch.set_num_threads(self.threads)
-        backbone.train(self.net, steps, loss_of, learning_rate=learning_rate, on_step=on_step)
+        fit.train(self.net, steps, loss_of, learning_rate=learning_rate, on_step=on_step)
         replies: dict[tuple[ChatMessage, ...], set[str]] = {}
-        for pair in (pair for step in steps for pair in step):
+        for pair in pairs.values():
             replies.setdefault(pair.prompt, set()).update((pair.chosen[-1].content, pair.rejected[-1].content))
         prompts = sorted(replies, key=lambda prompt: [(m.role, m.content) for m in prompt])
         self.scale = Scale(0.0, 1.0)

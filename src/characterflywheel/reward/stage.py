@@ -1,22 +1,34 @@
-"""The reward stage: preference pairs and user signals in, judged and saved reward models out (PAPER section 3)."""
+"""The reward stage: preference pairs and user signals in, judged and saved reward models out (PAPER section 3).
+
+Pairs that cannot teach are screened out and kept by name in `dropped.parquet`. Where `gold_share` asks for it, a gold
+model learns from users of its own; nothing that trains or selects ever asks it, so that it can tell when the others
+are over-optimised.
+"""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-
+from .. import tables
 from ..config import RewardConfig
 from ..errors import FlywheelError
 from ..ids import derive_seed
 from ..pipeline import Work
-from ..records import Conversation, Preference, Signal
-from . import backbone
+from ..records import Conversation, Dropped, Preference, Signal
+from . import format, network, screen
 from .composite import RewardModels, signal_scales
+from .fit import Objective, schedule
 from .judge import RewardSummary, judge
 from .pairwise import Pairwise
 from .pointwise import Pointwise
 from .signals import Embeds, SignalModels, collect
+
+
+class Split(NamedTuple):
+    """Training pairs of the models in use, and of the gold model."""
+
+    proxy: list[Preference]
+    gold: list[Preference]
 
 
 def train_rewards(
@@ -32,66 +44,101 @@ def train_rewards(
     device: str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RewardSummary:
-    """Train both preference models and the signal models, judge them on what they have not seen, save them.
+    """Train the preference models and the signal models, judge them on what they have not seen, save them.
 
     Held-out pairs never train. What is judged is what was saved: the models are read back from `work.folder` first.
-    `on_progress(done, total)` counts optimiser steps of both preference models.
+    `on_progress(done, total)` counts optimiser steps of all preference models. Raises FlywheelError where no pair is
+    left to train on, or all are undecided.
     """
-    training = sorted((pair for pair in pairs if not pair.held_out), key=_order)
-    held_out = sorted((pair for pair in pairs if pair.held_out), key=_order)
-    if not training:
-        raise FlywheelError(f"{len(pairs)} preference pairs, none to train on: annotate more prompts.")
-    form = backbone.chat_format(policy_folder, config.max_prompt_tokens)
-    schedules = {
-        name: schedule(training, config.pairs_per_step, config.epochs, derive_seed(work.seed, name))
-        for name in ("pointwise", "pairwise")
+    folder = policy_folder if config.backbone is None else network.backbone_folder(config.backbone)
+    form = format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
+    kept, dropped = screened = screen.screen(sorted(pairs, key=_order), form)
+    tables.write(work.folder / "dropped.parquet", Dropped, dropped)
+    training, held_out = ([pair for pair in kept if pair.held_out is out] for out in (False, True))
+    split = split_gold(training, config.gold_share, derive_seed(work.seed, "gold"))
+    screen.check_trainable(split.proxy, screened.reasons)
+    steps = {
+        name: schedule(mine, config.pairs_per_step, config.epochs, derive_seed(work.seed, name))
+        for name, mine in (("pointwise", split.proxy), ("pairwise", split.proxy), ("gold", split.gold))
     }
-    total, done = sum(map(len, schedules.values())), 0
+    total, done = sum(map(len, steps.values())), 0
 
     def count(_: float) -> None:
         nonlocal done
         done += 1
         on_progress(done, total)
 
-    pointwise = Pointwise(
-        backbone.from_policy(policy_folder, config.layers, 1).to(device), form, config.max_reply_tokens, threads=threads
+    objective = Objective.of(config)
+
+    def pointwise(name: str) -> Pointwise:
+        model = Pointwise.from_folder(
+            folder, config, seed=derive_seed(work.seed, name, "start"), threads=threads, device=device
+        )
+        model.fit(steps[name], config.learning_rate, count, objective)
+        return model
+
+    scorer = pointwise("pointwise")
+    comparer = Pairwise.from_folder(
+        folder, config, seed=derive_seed(work.seed, "pairwise", "start"), threads=threads, device=device
     )
-    pointwise.fit(schedules["pointwise"], config.learning_rate, count)
-    pairwise = Pairwise(
-        backbone.from_policy(policy_folder, config.layers, 2).to(device), form, config.max_reply_tokens, threads=threads
-    )
-    pairwise.fit(schedules["pairwise"], config.learning_rate, count)
+    comparer.fit(steps["pairwise"], config.learning_rate, count, objective)
+    gold = pointwise("gold") if split.gold else None
     reactions = SignalModels.train(
         collect(conversations, signals, config.signals), config.signals, encoder,
         min_auc=config.min_signal_auc, seed=derive_seed(work.seed, "signals"),
     )  # fmt: skip
     scales = signal_scales(
         reactions,
-        [pair.prompt for pair in training],
-        [(p.chosen[-1].content, p.rejected[-1].content) for p in training],
+        [pair.prompt for pair in split.proxy],
+        [(p.chosen[-1].content, p.rejected[-1].content) for p in split.proxy],
     )
-    RewardModels(pointwise, pairwise, reactions, config.signal_weights, scales).save(work.folder)
+    RewardModels(scorer, comparer, reactions, config.signal_weights, scales, gold).save(work.folder)
     models = RewardModels.load(work.folder, encoder, threads, device)
-    summary = judge(models, training, held_out)
+    summary = judge(models, split.proxy, held_out).model_copy(update={"dropped": screened.reasons})
     (work.folder / "evaluation.json").write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary
 
 
-def schedule(pairs: Sequence[Preference], per_step: int, epochs: int, seed: int) -> list[list[Preference]]:
-    """Batches of pairs: prompts in a new seeded order each epoch, the pairs of a prompt side by side.
-
-    Pairs of one prompt share its tokens, and often replies, when they are in one step; that makes steps cheap.
+def split_gold(training: Sequence[Preference], share: float, seed: int) -> Split:
+    """Set the gold model's pairs aside: whole users with all of their prompts, in seeded order, until `share` of the
+    prompts is reached. Users who have a prompt in common go together. Raises FlywheelError where one side stays empty.
     """
-    by_prompt: dict[str, list[Preference]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt_id, []).append(pair)
-    prompts, steps = sorted(by_prompt), []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
-        line = (pair for i in order for pair in by_prompt[prompts[i]])
-        while batch := list(islice(line, per_step)):
-            steps.append(batch)
-    return steps
+    if share == 0:
+        return Split(list(training), [])
+    groups = _together([(pair.user_id, pair.prompt_id) for pair in training])
+    prompts: dict[str, set[str]] = {}
+    for pair, group in zip(training, groups, strict=True):
+        prompts.setdefault(group, set()).add(pair.prompt_id)
+    wanted = share * sum(map(len, prompts.values()))
+    gold: set[str] = set()
+    taken = 0
+    for group in sorted(prompts, key=lambda name: (derive_seed(seed, name), name)):
+        if gold and taken + len(prompts[group]) / 2 > wanted:
+            break
+        gold.add(group)
+        taken += len(prompts[group])
+    sides = Split(*([p for p, g in zip(training, groups, strict=True) if (g in gold) is own] for own in (False, True)))
+    if not (sides.proxy and sides.gold):
+        raise FlywheelError(
+            f"reward.gold_share = {share:g} of {len(training)} training pairs by {len(prompts)} independent users "
+            "leaves one side without pairs: collect pairs of more users or set it to 0."
+        )
+    return sides
+
+
+def _together(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """For each (user, prompt) the name of its group: rows that share a user or a prompt, directly or by others."""
+    above: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def top(node: tuple[str, str]) -> tuple[str, str]:
+        while above.setdefault(node, node) != node:
+            node = above[node] = above[above[node]]
+        return node
+
+    for user, prompt in rows:
+        one, two = sorted((top(("user", user)), top(("prompt", prompt))))
+        above[one] = two
+    return [top(("user", user))[1] for user, _ in rows]
 
 
 def _order(pair: Preference) -> tuple[str, str]:
