@@ -145,6 +145,9 @@ class AnnotateConfig(Section):
     max_tokens: int = Field(48, ge=1)
     max_length_ratio: float = Field(3.0, gt=1, description="pairs with a longer to shorter ratio above are dropped")
     max_emoji_difference: int = Field(2, ge=0)
+    keep_ties: bool = Field(
+        False, description="pairs on which reviewers are evenly divided also train (see reward.tie_threshold)"
+    )
     held_out_share: float = Field(0.25, gt=0, lt=1, description="share of prompts whose pairs only evaluate")
 
 

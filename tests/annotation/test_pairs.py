@@ -53,6 +53,41 @@ def test_labels_are_shares_of_reviewers() -> None:
     assert all(p.prompt == USER.messages and p.chosen[0].role == "assistant" for p in kept)
 
 
+def test_strength_is_how_far_apart_reviewers_rank_a_pair() -> None:
+    """Four candidates, so three places at most. Rankings abcd and bacd.
+
+    a over b: +1 and -1 places, a tie. a over c: +2 and +1, (2/3 + 1/3) / 2 = 1/2; so is b over c. a over d: +3 and +2,
+    5/6; so is b over d. c over d: +1 twice, 1/3.
+    """
+    texts = {"a": "one two", "b": "two three", "c": "three four", "d": "four five"}
+    config = CONFIG.model_copy(update={"keep_ties": True})
+    kept = make_pairs([reviewed(USER, texts, ["abcd", "bacd"])], config, 1).kept
+    found = {p.chosen_policy[-1] + p.rejected_policy[-1]: (p.label, p.strength) for p in kept}
+    expected = {"ab": 0.0, "ac": 1 / 2, "ad": 5 / 6, "bc": 1 / 2, "bd": 5 / 6, "cd": 1 / 3}
+    assert found == {
+        name: (0.5 if name == "ab" else 1.0, pytest.approx(strength)) for name, strength in expected.items()
+    }
+
+
+def test_a_majority_by_small_steps_against_one_large_step_has_no_strength() -> None:
+    """a over b by one place for two reviewers, b over a by three places for one: (1 + 1 - 3) / 9 is below 0."""
+    texts = {"a": "one two", "b": "two three", "c": "three four", "d": "four five"}
+    kept = make_pairs([reviewed(USER, texts, ["abcd", "cdab", "bcda"])], CONFIG, 1).kept
+    pair = next(p for p in kept if {p.chosen_policy, p.rejected_policy} == {"p-a", "p-b"})
+    assert (pair.chosen_policy, pair.label, pair.strength) == ("p-a", pytest.approx(2 / 3), 0.0)
+
+
+def test_kept_ties_train_and_are_never_held_out() -> None:
+    texts = {"a": "one two", "b": "two three"}
+    rows = [reviewed(prompt, texts, ["ab", "ba"]) for prompt in prompts(40, 10)]
+    out = held_out_users([one.prompt for one in rows], CONFIG.held_out_share, 1)
+    pairs = make_pairs(rows, CONFIG.model_copy(update={"keep_ties": True}), 1)
+    assert {p.user_id for p in pairs.kept} == {one.prompt.user_id for one in rows} - out
+    assert {(p.label, p.strength, p.held_out) for p in pairs.kept} == {(0.5, 0.0, False)}
+    assert {row.reason for row in pairs.dropped} == {"tie"}
+    assert len(pairs.kept) + len(pairs.dropped) == 40
+
+
 def reasons(one: Reviewed) -> list[str]:
     pairs = make_pairs([one], CONFIG, 1)
     return [row.reason for row in pairs.dropped] + ["kept"] * len(pairs.kept)

@@ -41,33 +41,42 @@ class Side(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A pair before the filters: `label` is the share of `reviewers` who prefer `chosen`; `id` names where from."""
+    """A pair before the filters: `label` is the share of `reviewers` who prefer `chosen`; `id` names where from.
+
+    `strength`: by how many places `chosen` is ranked better, over the most that can be, as the reviewers' mean; from 0
+    (they cancel out) to 1 (first against last for all of them, or rewritten).
+    """
 
     id: str
     chosen: Side
     rejected: Side
     reviewers: int
     label: float
+    strength: float
 
 
 def make_pairs(reviewed: Sequence[Reviewed], config: AnnotateConfig, seed: int) -> Pairs:
     """All pairs of each prompt's candidates, labelled by the share of its reviewers, and every rewrite over the reply
-    that its writer ranked best. Prompts that are held out are whole users' (`config.held_out_share` of the prompts)."""
+    that its writer ranked best. Prompts that are held out are whole users' (`config.held_out_share` of the prompts).
+
+    Ties are dropped, or kept for training with `config.keep_ties`; never held out, where they have no right answer.
+    """
     held_out = held_out_users([one.prompt for one in reviewed], config.held_out_share, seed)
     kept: list[Preference] = []
     dropped: list[Dropped] = []
     rewrites: list[Example] = []
     for one in reviewed:
+        out = one.prompt.user_id in held_out
         for choice in (*_ranked(one), *_rewritten(one)):
-            reason = _reason(choice, one.prompt, config)
+            reason = _reason(choice, one.prompt, config, keep_ties=config.keep_ties and not out)
             if reason:
                 detail = f"{choice.chosen.policy} over {choice.rejected.policy}"
                 dropped.append(
                     Dropped(id=choice.id, stage=STAGE, reason=reason, detail=detail, prompt_id=one.prompt.id)
                 )
             else:
-                kept.append(_preference(choice, one.prompt, one.prompt.user_id in held_out))
-        if one.prompt.user_id not in held_out:
+                kept.append(_preference(choice, one.prompt, out))
+        if not out:
             rewrites += _examples(one)
     return Pairs(tuple(kept), tuple(dropped), tuple(rewrites))
 
@@ -76,12 +85,14 @@ def _ranked(one: Reviewed) -> list[Choice]:
     places = [{name: rank for rank, name in enumerate(j.ranking)} for j in one.judgements]
     choices = []
     for a, b in combinations(sorted(one.candidates), 2):
-        votes = [place[a] < place[b] for place in places if a in place and b in place]
-        if votes:
-            share = sum(votes) / len(votes)
+        steps = [(place[b] - place[a]) / (len(place) - 1) for place in places if a in place and b in place]
+        if steps:
+            share = sum(step > 0 for step in steps) / len(steps)
             first, second = (a, b) if share >= 0.5 else (b, a)
+            towards = sum(steps) / len(steps) * ((share > 0.5) - (share < 0.5))
             name = ids.derive_id("pair", a, b, at=one.prompt.created_at)
-            choices.append(Choice(name, _side(one, first), _side(one, second), len(votes), max(share, 1 - share)))
+            sides = _side(one, first), _side(one, second)
+            choices.append(Choice(name, *sides, len(steps), max(share, 1 - share), max(0.0, towards)))
     return choices
 
 
@@ -91,8 +102,9 @@ def _rewritten(one: Reviewed) -> list[Choice]:
             ids.derive_id("rewrite", judgement.id, at=one.prompt.created_at),
             Side(REWRITE, judgement.rewrite.strip()),
             _side(one, judgement.ranking[0]),
-            1,
-            1.0,
+            reviewers=1,
+            label=1.0,
+            strength=1.0,
         )
         for judgement in one.judgements
         if judgement.rewrite and judgement.rewrite.strip()
@@ -106,7 +118,7 @@ def _side(one: Reviewed, candidate_id: str) -> Side:
     return Side(candidate.policy, candidate.text, most)
 
 
-def _reason(choice: Choice, prompt: Prompt, config: AnnotateConfig) -> str:
+def _reason(choice: Choice, prompt: Prompt, config: AnnotateConfig, *, keep_ties: bool) -> str:
     """Why a pair is not used; empty if it is.
 
     Where both sides break the description, a steerability pair (internal prompts) says something only if the chosen
@@ -116,7 +128,7 @@ def _reason(choice: Choice, prompt: Prompt, config: AnnotateConfig) -> str:
     chosen, rejected = choice.chosen, choice.rejected
     if _plain(chosen.text) == _plain(rejected.text):
         return "identical"
-    if choice.label == 0.5:
+    if choice.label == 0.5 and not keep_ties:
         return "tie"
     lengths = sorted(max(1, len(words(side.text))) for side in (chosen, rejected))
     if lengths[1] > config.max_length_ratio * lengths[0]:
@@ -143,6 +155,7 @@ def _preference(choice: Choice, prompt: Prompt, held_out: bool) -> Preference:
         rejected_policy=choice.rejected.policy,
         reviewers=choice.reviewers,
         label=choice.label,
+        strength=choice.strength,
         held_out=held_out,
     )
 

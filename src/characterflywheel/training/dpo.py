@@ -89,8 +89,8 @@ def train_dpo(
 
 
 def choose_pairs(pairs: Sequence[Preference], count: int, seed: int) -> list[Preference]:
-    """The pairs with the clearest labels, each prompt's first before any prompt's second; seeded among equals."""
-    ordered = sorted(pairs, key=lambda p: (-p.label, derive_seed(seed, p.id)))
+    """The clearest pairs, no ties; each prompt's first before any prompt's second, seeded among equals."""
+    ordered = sorted((p for p in pairs if p.label > 0.5), key=lambda p: (-p.label, derive_seed(seed, p.id)))
     taken = Counter[str]()
     rounds = []
     for pair in ordered:
