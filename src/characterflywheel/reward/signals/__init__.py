@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
-from ..errors import FlywheelError
-from ..ids import derive_seed
-from ..instructions import emojis
-from ..records import ChatMessage, Conversation, Estimate, Record, Signal
-from .evaluate import auc_by_group
+from ...errors import FlywheelError
+from ...ids import derive_seed
+from ...instructions import emojis
+from ...records import ChatMessage, Conversation, Estimate, Record, Signal
+from ..evaluate import auc_by_group
 
 Floats = NDArray[np.float64]
 PENALTIES = (1000.0, 250.0, 60.0, 15.0)
