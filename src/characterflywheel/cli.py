@@ -347,6 +347,19 @@ def serve(
 
 
 @app.command()
+def score(
+    folder: Folder,
+    generation: Annotated[int | None, typer.Option(min=1, help="whose reward models; the newest if not said")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on; a public one needs a key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8766,
+) -> None:
+    """Serve reward models to runs that name the address in reward.server. The key: FLYWHEEL_SCORE_KEY."""
+    from . import score_commands  # noqa: PLC0415
+
+    score_commands.score(_open(folder), generation, host, port)
+
+
+@app.command()
 def promote(
     folder: Folder,
     generation: Annotated[int, typer.Argument(min=1, help="whose model to put into service")],

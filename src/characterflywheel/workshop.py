@@ -8,7 +8,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import ledger, tables
 from .annotation.candidates import RewritePolicy
@@ -28,10 +28,11 @@ from .llm.native import NativeModel
 from .people import Bank, People
 from .pipeline import Artifact, Runner, Work, write_atomically
 from .progress import announce, progress
-from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Signal, User
+from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Rollout, Signal, User
 from .release import registry
 from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
+from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
 from .reward.judge import RewardSummary
 from .reward.stage import train_rewards
 from .safety import SafetyPolicy
@@ -45,6 +46,9 @@ from .training.rejection_sampling import RejectionSummary, reject
 from .training.rl import RLSummary, choose_prompts, train_rl
 from .training.sft import TrainingSummary, train_sft
 from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .reward.remote import RemoteRewards
 
 WORLD_BEGINS = datetime(2026, 1, 5, tzinfo=UTC)
 WEEK = timedelta(days=7)
@@ -238,7 +242,13 @@ class Workshop:
         """The policies that propose replies: the model in service, and the same told how to write."""
         return {"parent": self.parent_model, "coached": RewritePolicy(self.parent_model)}
 
-    def rewards(self, artifact: Artifact[RewardSummary]) -> RewardModels:
+    def rewards(self, artifact: Artifact[RewardSummary]) -> "RewardModels | RemoteRewards":
+        """The reward models of an artifact: loaded here, or the same on the scoring server that config names."""
+        if self.config.reward.server is not None:
+            from .reward.remote import connect  # noqa: PLC0415 - only where a server is asked
+            from .reward.wire import content_of  # noqa: PLC0415
+
+            return connect(self.config.reward.server, artifact.folder.name, content_of(artifact.record.outputs))
         return RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
 
     # Data consolidation
@@ -337,8 +347,7 @@ class Workshop:
 
     def train_rl(self, work: Work) -> RLSummary:
         """On prompts whose candidates' scores vary most, with the pointwise model as the reward."""
-        config, scored = self.config.rl, work.inputs["scored"]
-        candidates = [c for f in ("accepted", "rejected") for c in tables.read(scored / f"{f}.parquet", Candidate)]
+        config, candidates = self.config.rl, _candidates(work)
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
         wanted = config.steps * config.prompts_per_step
         chosen = choose_prompts(prompts, candidates, wanted, config.ordinary_share, work.seed)
@@ -350,6 +359,19 @@ class Workshop:
             )  # fmt: skip
 
     # Evaluation
+
+    def watch_optimisation(self, work: Work) -> OveroptimisationSummary:
+        """How far gold reward followed the reward that selection and RL climbed."""
+        self._models.clear()
+        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+        rollouts = tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout)
+        judge = self.rewards(work.inputs["judge"])
+        with progress("overoptimisation") as advance:
+            return measure_overoptimisation(
+                work, self.config.overoptimisation, self.config.rl, prompts, _candidates(work), rollouts,
+                work.inputs["start"] / "model", judge.pointwise, judge.gold, threads=self.threads,
+                batch_replies=self.config.models.batch_replies, device=self.device, on_progress=advance,
+            )  # fmt: skip
 
     def evaluate_offline(self, work: Work) -> OfflineSummary:
         prompts = self._split(work, "evaluate")
@@ -464,3 +486,9 @@ class Workshop:
             [p.messages for p in prompts], sampling=sampling, seeds=[seed + i for i in range(len(prompts))]
         )
         return [(p.id, several[0].text) for p, several in zip(prompts, replies, strict=True)]
+
+
+def _candidates(work: Work) -> list[Candidate]:
+    """All that rejection sampling drew."""
+    scored = work.inputs["scored"]
+    return [c for name in ("accepted", "rejected") for c in tables.read(scored / f"{name}.parquet", Candidate)]
