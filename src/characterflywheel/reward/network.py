@@ -73,8 +73,11 @@ class RewardNetwork(nn.Module):
             self._adapted = self._packed = None
 
     def train(self, mode: bool = True) -> "RewardNetwork":
+        """The backbone never drops out: two replies to compare must not be seen through different noise (as in TRL)."""
         self._packed = None
-        return super().train(mode)
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self._packed = None
