@@ -1,68 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reward_fixture import pair
-from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 
-from characterflywheel.reward.evaluate import (
-    agreement,
-    area_under_curve,
-    auc_by_group,
-    calibration_error,
-    evaluate_preference,
-    length_match,
-    rank_correlation,
-)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=40))
-def test_auc_equals_scikit_learn_with_ties(rows: list[tuple[bool, int]]):
-    labels, scores = zip(*rows, strict=True)
-    if len(set(labels)) == 1:
-        assert np.isnan(area_under_curve(labels, scores))
-    else:
-        assert area_under_curve(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
-
-
-def test_bootstrap_interval_covers_the_value_and_resamples_users():
-    rng = np.random.default_rng(0)
-    users = np.repeat(np.arange(40), 25)
-    labels = rng.random(1000) < 0.3
-    scores = labels * 0.8 + rng.normal(size=1000)
-    by_row = auc_by_group(labels, scores, [str(i) for i in range(1000)], seed=1)
-    same = auc_by_group(labels, scores, [str(u) for u in users], seed=1)
-    assert same == auc_by_group(labels, scores, [str(u) for u in users], seed=1)
-    assert same.value == pytest.approx(roc_auc_score(labels, scores))
-    assert same.low < same.value < same.high
-    # rows repeated within users carry no more than their users
-    copied = auc_by_group(
-        np.repeat(labels, 5), np.repeat(scores, 5), [str(i) for i in np.repeat(range(1000), 5)], seed=1
-    )
-    assert copied.high - copied.low == pytest.approx(by_row.high - by_row.low, rel=1e-9)
-
-
-def test_one_class_is_unmeasured_with_a_reason():
-    estimate = auc_by_group([1, 1, 1], [0.1, 0.2, 0.3], ["a", "b", "c"], seed=1)
-    assert estimate.value is None
-    assert estimate.reason == "3 of 3 labels are positive: one class cannot be ranked"
-
-
-def test_calibration_error_by_hand():
-    """Bin [0.8, 0.9): mean p 0.8, outcome 0.5, gap 0.3, share 2/3; bin [0.1, 0.2): gap 0.1, share 1/3."""
-    assert calibration_error([0.8, 0.8, 0.1], [1, 0, 0]).value == pytest.approx(0.3 * 2 / 3 + 0.1 / 3)
-
-
-def test_rank_correlation_equals_scipy():
-    rng = np.random.default_rng(2)
-    a = rng.normal(size=80)
-    b = a + rng.normal(size=80)
-    estimate = rank_correlation(a, b)
-    assert estimate.value == pytest.approx(spearmanr(a, b).statistic)
-    assert estimate.low < estimate.value < estimate.high
-    assert rank_correlation(a, np.ones(80)).reason == "all values of one side are equal"
+from characterflywheel.records import Preference
+from characterflywheel.reward.evaluate import agreement, best_of_n, evaluate_preference, length_match, strength
+from characterflywheel.reward.leans import judged_replies
 
 
 def test_strata_of_pairs():
@@ -71,19 +13,78 @@ def test_strata_of_pairs():
     assert agreement(pair(0, "a", "b", reviewers=3)) == "consensus"
     assert length_match(pair(0, "one two three four", "one two three four five")) == "similar"
     assert length_match(pair(0, "one", "one two")) == "chosen shorter"
+    strengths = [pair(0, "a", "b").model_copy(update={"strength": s}) for s in (1 / 3, 2 / 3, 1.0)]
+    assert [strength(one) for one in strengths] == ["slight", "clear", "strong"]
 
 
 def test_accuracy_counts_decided_pairs_and_half_for_a_tie():
+    """Right, wrong, tied, and one that reviewers are divided on: (1 + 0 + 0.5) / 3. Reading orders agree in 3 of 4."""
     pairs = [pair(0, "a", "b"), pair(2, "a", "b"), pair(4, "a", "b"), pair(6, "a", "b", label=0.5)]
     report = evaluate_preference(pairs, [1.0, -1.0, 0.0, 9.0], orders=([1.0, -1.0, 1.0, 9.0], [1.0, 1.0, 1.0, 9.0]))
     assert report.accuracy.value == pytest.approx(0.5)
     assert report.accuracy.n == 3
     assert report.swap_consistency.value == pytest.approx(0.75)
-    assert report.score_length_correlation.value is None
-    assert sum(e.n for e in report.by_source.values()) == 3
+    assert report.first_bias is not None
+    assert report.leans == ()
+    assert report.best_of_n is None
+    assert sum(part.accuracy.n for part in report.by("source").values()) == 3
 
 
-def test_length_lean_is_found():
-    pairs = [pair(2 * i, "word " * (i + 2), "word") for i in range(10)]
-    report = evaluate_preference(pairs, [1.0] * 10, [float(i + 2) for i in range(10)], [1.0] * 10)
-    assert report.score_length_correlation.value == pytest.approx(1.0)
+def test_first_bias_is_half_of_how_much_the_first_place_wins():
+    """Log-odds +2 for chosen when it is read first, -2 when it is read second: whichever is read first has 0.88."""
+    report = evaluate_preference([pair(0, "a", "b"), pair(2, "a", "c")], [0.0, 0.0], orders=([2.0, 2.0], [-2.0, -2.0]))
+    assert report.first_bias.value == pytest.approx(1 / (1 + np.exp(-2)) - 0.5)
+
+
+def test_every_slice_has_the_longer_wins_rule_beside_it():
+    pairs = [pair(i, "one two three", "one", label=1.0) for i in range(6)]
+    pairs += [pair(i, "one", "one two three") for i in range(6, 9)]
+    report = evaluate_preference(pairs, [1.0] * 9)
+    assert {part.dimension for part in report.slices} == {
+        "source", "character", "agreement", "strength", "length", "policy",
+    }  # fmt: skip
+    lengths = report.by("length")
+    assert lengths["chosen longer"].longer_wins.value == 1.0
+    assert lengths["chosen shorter"].longer_wins.value == 0.0
+    assert report.longer_wins.value == pytest.approx(6 / 9)
+    assert report.over_longer.value == pytest.approx(3 / 9)
+    assert list(report.by("policy")) == ["a / b"]
+    for dimension in ("source", "length", "policy"):
+        assert sum(part.accuracy.n for part in report.by(dimension).values()) == 9
+
+
+def four(prompt: int, best: int, *, tied: bool = False) -> list[Preference]:
+    """All six pairs of the replies r0 to r3, `best` first and the others by number; `tied`: the first two are equal."""
+    order = [best, *(k for k in range(4) if k != best)]
+    return [
+        pair(100 * prompt + 10 * i + j, f"r{order[i]}", f"r{order[j]}", label=0.5 if tied and j == 1 else 1.0)
+        .model_copy(update={"prompt_id": f"p{prompt}"})
+        for i in range(4)
+        for j in range(i + 1, 4)
+    ]  # fmt: skip
+
+
+def test_best_of_four_agrees_with_the_reviewers_or_not():
+    """The model likes r0 best, then r1: right where the reviewers' best is r0. A tie for the first place and a prompt
+    with three replies say nothing."""
+    three = [p for p in four(4, best=0) if "r3" not in (p.chosen[-1].content, p.rejected[-1].content)]
+    pairs = [*four(0, best=0), *four(1, best=2), *four(2, best=0), *four(3, best=0, tied=True), *three]
+    scores = {"r0": 3.0, "r1": 2.0, "r2": 1.0, "r3": 0.0}
+    sides = [[scores[side[-1].content] for side in (p.chosen, p.rejected)] for p in pairs]
+    found = best_of_n(pairs, judged_replies(pairs, [a for a, _ in sides], [b for _, b in sides]))
+    assert (found.accuracy.value, found.accuracy.n) == (pytest.approx(2 / 3), 3)
+    assert (found.chance, found.replies) == (0.25, 4.0)
+    assert found.left_out == {"too few replies": 1, "no single best": 1}
+
+
+def test_equal_scores_share_the_best_place():
+    pairs = four(0, best=0)
+    found = best_of_n(pairs, judged_replies(pairs, [0.0] * 6, [0.0] * 6))
+    assert found.accuracy.value == 0.25
+
+
+def test_nothing_held_out_is_unmeasured_with_a_reason():
+    report = evaluate_preference([], [])
+    assert report.accuracy.reason == report.over_longer.reason == "nothing to measure"
+    assert report.calibration is None
+    assert best_of_n([], []).accuracy.reason == "no prompt has 4 replies and one undefeated"

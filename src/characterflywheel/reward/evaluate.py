@@ -1,109 +1,28 @@
-"""How good the reward models are, with intervals (PAPER section 3).
+"""How good a preference model is on pairs it has not seen, with intervals by prompt (PAPER section 3).
 
-Accuracy on held-out pairs by source, agreement and length match, calibration, what the score leans on, and whether
-the pairwise model keeps its mind when the replies swap places. Signal models are judged by AUC, resampled by user.
+Accuracy by slice beside the rule that the longer reply wins, calibration, whether the pairwise model keeps its mind
+when the replies swap places, and whether the best of a prompt's replies is the reviewers' best. What the score leans
+on is in `leans`.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from math import sqrt
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, rankdata
+from numpy.typing import ArrayLike
 
 from .. import intervals
-from ..instructions import emojis
-from ..records import Estimate, Preference, Record
+from ..records import Estimate, Preference
+from .calibration import calibrate, fit_temperature
+from .leans import Judged, judged_replies, leans
+from .metrics import Floats, area_under_curve, auc_by_group, calibration_error, rank_correlation
+from .summary import BestOfN, Dimension, PreferenceEvaluation, Slice
 
-Floats = NDArray[np.float64]
-
-
-class PreferenceEvaluation(Record):
-    """One preference model on held-out pairs. `reply_*` correlations are Spearman's, over the replies judged."""
-
-    accuracy: Estimate
-    by_source: dict[str, Estimate]
-    by_agreement: dict[str, Estimate]
-    by_length: dict[str, Estimate]
-    calibration_error: Estimate
-    score_length_correlation: Estimate
-    score_emoji_correlation: Estimate
-    swap_consistency: Estimate | None = None
-
-
-def area_under_curve(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Probability that a positive outscores a negative, ties counting half (Mann-Whitney). NaN with one class."""
-    positive = np.asarray(labels, dtype=bool)
-    n = int(positive.sum())
-    if n in (0, len(positive)):
-        return float("nan")
-    ranks = rankdata(np.asarray(scores, dtype=float))
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
-
-
-def auc_by_group(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    groups: Sequence[str],
-    *,
-    seed: int,
-    draws: int = 1000,
-    confidence: float = 0.95,
-) -> Estimate:
-    """AUC with a percentile bootstrap over groups (users), whose rows are not independent of one another.
-
-    Draws that leave only one class say nothing about the AUC and are left out. `n` counts rows.
-    """
-    y, s = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
-    n, positives = len(y), int(y.sum())
-    if positives in (0, n):
-        return Estimate(value=None, n=n, reason=f"{positives} of {n} labels are positive: one class cannot be ranked")
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    order = np.argsort(s, kind="stable")
-    y, s, member = y[order], s[order], member[order]
-    last = np.flatnonzero(np.append(s[1:] != s[:-1], True))  # the last row of every run of equal scores
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        weight = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[member]
-        values.append(_weighted_auc(y, weight, last))
-    known = np.array([v for v in values if not np.isnan(v)])
-    value = area_under_curve(y, s)
-    if len(names) < 2 or len(known) < draws / 2:
-        return Estimate(value=value, n=n, reason=f"{len(names)} users: too few for an interval")
-    low, high = np.quantile(known, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Estimate(value=value, low=float(low), high=float(high), n=n)
-
-
-def _weighted_auc(labels: Floats, weights: NDArray[np.int64], last: NDArray[np.int64]) -> float:
-    """AUC with whole-number weights; rows are sorted by score and `last` closes each run of equal scores."""
-    positive = np.diff(np.cumsum(labels * weights)[last], prepend=0.0)
-    negative = np.diff(np.cumsum((1 - labels) * weights)[last], prepend=0.0)
-    total = positive.sum() * negative.sum()
-    below = np.cumsum(negative) - negative
-    return float(positive @ (below + negative / 2) / total) if total else float("nan")
-
-
-def calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> Estimate:
-    """Expected calibration error: mean gap between probability and outcome over equal-width bins, by their size."""
-    p, y = np.asarray(probabilities, dtype=float), np.asarray(outcomes, dtype=float)
-    if not len(p):
-        return Estimate(value=None, n=0, reason="no probabilities to compare")
-    cell = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = np.abs(np.bincount(cell, p, bins) - np.bincount(cell, y, bins))
-    return Estimate(value=float(gaps.sum() / len(p)), n=len(p))
-
-
-def rank_correlation(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Spearman's correlation with a Fisher interval (Bonett and Wright 2000); unmeasured when one side is constant."""
-    a, b = rankdata(np.asarray(first, dtype=float)), rankdata(np.asarray(second, dtype=float))
-    n = len(a)
-    if n < 5 or a.std() == 0 or b.std() == 0:
-        return Estimate(value=None, n=n, reason=f"{n} values" if n < 5 else "all values of one side are equal")
-    r = float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
-    half = float(norm.ppf(0.5 + confidence / 2)) * sqrt((1 + r * r / 2) / (n - 3))
-    z = np.arctanh(np.clip(r, -0.999999, 0.999999))
-    return Estimate(value=r, low=float(np.tanh(z - half)), high=float(np.tanh(z + half)), n=n)
+__all__ = [
+    "PreferenceEvaluation", "agreement", "area_under_curve", "auc_by_group", "best_of_n", "calibration_error",
+    "evaluate_preference", "fit_temperature", "length_match", "rank_correlation",
+]  # fmt: skip
+FEWEST_REPLIES = 4
 
 
 def evaluate_preference(
@@ -112,41 +31,60 @@ def evaluate_preference(
     chosen_scores: Sequence[float] = (),
     rejected_scores: Sequence[float] = (),
     orders: tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    seed: int = 0,
 ) -> PreferenceEvaluation:
     """Judge a preference model on held-out pairs.
 
     `margins[i]` is the log-odds that the model prefers `chosen` of pair i. The pointwise model gives its scores, so
     that what they lean on can be measured; the pairwise one gives the log-odds for `chosen` in both `orders` of
-    reading, whose average is the margin. Pairs on which the reviewers are divided (label 0.5) have no
-    right answer and count for nothing but calibration.
+    reading (`chosen` first, `rejected` first), whose average is the margin. Pairs on which the reviewers are divided
+    evenly (label 0.5) have no right answer and count for nothing but calibration.
     """
-    margin = np.asarray(margins, dtype=float)
+    margin, prompts = np.asarray(margins, dtype=float), [pair.prompt_id for pair in pairs]
+    lengths = np.array([[len(s[-1].content.split()) for s in (p.chosen, p.rejected)] for p in pairs]).reshape(-1, 2)
+    right, longer = _won(margin), _won(lengths[:, 0] - lengths[:, 1])
     decided = [i for i, pair in enumerate(pairs) if pair.label > 0.5]
 
-    def share(rows: Sequence[int]) -> Estimate:
-        right = [float(margin[i] > 0) + 0.5 * float(margin[i] == 0) for i in rows]
-        return intervals.share(right, [pairs[i].prompt_id for i in rows])
+    def share(values: Floats, rows: Sequence[int]) -> Estimate:
+        return intervals.share(values[list(rows)], [prompts[i] for i in rows])
 
-    def split(keys: Sequence[str]) -> dict[str, Estimate]:
-        return {key: share([i for i in decided if keys[i] == key]) for key in sorted({keys[i] for i in decided})}
-
-    texts = [pair.chosen[-1].content for pair in pairs] + [pair.rejected[-1].content for pair in pairs]
-    scores = [*chosen_scores, *rejected_scores]
-    absent = Estimate(value=None, n=0, reason="the pairwise model scores pairs, not replies")
-    swap = None
+    slices = []
+    for dimension, keys in slices_of(pairs).items():
+        for name in sorted({keys[i] for i in decided}):
+            rows = [i for i in decided if keys[i] == name]
+            slices.append(
+                Slice(dimension=dimension, name=name, accuracy=share(right, rows), longer_wins=share(longer, rows))
+            )
+    replies = judged_replies(pairs, chosen_scores, rejected_scores) if len(chosen_scores) else []
+    swap = bias = None
     if orders is not None:
-        same = (np.asarray(orders[0], dtype=float) > 0) == (np.asarray(orders[1], dtype=float) > 0)
-        swap = intervals.share(same, [pair.prompt_id for pair in pairs])
+        first, second = (np.asarray(side, dtype=float) for side in orders)
+        swap = intervals.share((first > 0) == (second > 0), prompts)
+        bias = _mean((_sigmoid(first) + _sigmoid(-second)) / 2 - 0.5, prompts)
     return PreferenceEvaluation(
-        accuracy=share(decided),
-        by_source=split([pair.source for pair in pairs]),
-        by_agreement=split([agreement(pair) for pair in pairs]),
-        by_length=split([length_match(pair) for pair in pairs]),
-        calibration_error=_pair_calibration(margin, np.array([pair.label for pair in pairs])),
-        score_length_correlation=rank_correlation([len(t.split()) for t in texts], scores) if scores else absent,
-        score_emoji_correlation=rank_correlation([len(emojis(t)) for t in texts], scores) if scores else absent,
+        accuracy=share(right, decided),
+        longer_wins=share(longer, decided),
+        over_longer=_mean((right - longer)[decided], [prompts[i] for i in decided]),
+        slices=tuple(slices),
+        calibration=calibrate(margin, [pair.label for pair in pairs], prompts, seed),
+        leans=leans(replies, seed),
+        best_of_n=best_of_n(pairs, replies) if replies else None,
         swap_consistency=swap,
+        first_bias=bias,
     )
+
+
+def slices_of(pairs: Sequence[Preference]) -> dict[Dimension, list[str]]:
+    """For each dimension, the name of every pair's slice."""
+    return {
+        "source": [pair.source for pair in pairs],
+        "character": [pair.character_id for pair in pairs],
+        "agreement": [agreement(pair) for pair in pairs],
+        "strength": [strength(pair) for pair in pairs],
+        "length": [length_match(pair) for pair in pairs],
+        "policy": [" / ".join(sorted((pair.chosen_policy, pair.rejected_policy))) for pair in pairs],
+    }
 
 
 def agreement(pair: Preference) -> str:
@@ -154,6 +92,12 @@ def agreement(pair: Preference) -> str:
     if pair.reviewers == 1:
         return "single"
     return "consensus" if pair.label == 1.0 else "divided"
+
+
+def strength(pair: Preference) -> str:
+    """By how much the chosen reply was preferred: `slight` up to a third of the way from first to last, `strong`
+    beyond two thirds, `clear` between."""
+    return "slight" if pair.strength < 0.34 else "clear" if pair.strength < 0.67 else "strong"
 
 
 def length_match(pair: Preference) -> str:
@@ -164,7 +108,45 @@ def length_match(pair: Preference) -> str:
     return "chosen longer" if chosen > rejected else "chosen shorter"
 
 
-def _pair_calibration(margin: Floats, labels: Floats) -> Estimate:
-    """Both orders of every pair, so that `chosen` being first tells nothing."""
-    probability = 1 / (1 + np.exp(-np.clip(margin, -60, 60)))
-    return calibration_error(np.r_[probability, 1 - probability], np.r_[labels, 1 - labels])
+def best_of_n(pairs: Sequence[Preference], replies: Sequence[Judged], fewest: int = FEWEST_REPLIES) -> BestOfN:
+    """How often the reply with the highest score is the reviewers' best, over prompts with `fewest` replies or more.
+
+    The reviewers' best is the one reply of a prompt that lost no comparison; where filters or ties leave several, or
+    a circle leaves none, the prompt says nothing and is counted in `left_out`. Rewrites are no candidates.
+    """
+    beaten = {(p.prompt_id, p.rejected[-1].content) for p in pairs if p.label > 0.5 and p.chosen_policy != "rewrite"}
+    by_prompt: defaultdict[str, list[Judged]] = defaultdict(list)
+    for reply in replies:
+        by_prompt[reply.prompt_id].append(reply)
+    hits, sizes, left_out = [], [], {"too few replies": 0, "no single best": 0}
+    for prompt, mine in sorted(by_prompt.items()):
+        best = [reply for reply in mine if (prompt, reply.text) not in beaten]
+        if len(mine) < fewest:
+            left_out["too few replies"] += 1
+        elif len(best) != 1:
+            left_out["no single best"] += 1
+        else:
+            top = [reply for reply in mine if reply.score == max(one.score for one in mine)]
+            hits.append((best[0] in top) / len(top))
+            sizes.append(len(mine))
+    return BestOfN(
+        accuracy=intervals.share(hits)
+        if hits
+        else Estimate(value=None, n=0, reason=f"no prompt has {fewest} replies and one undefeated"),
+        chance=float(np.mean([1 / n for n in sizes])) if sizes else None,
+        replies=float(np.mean(sizes)) if sizes else None,
+        left_out={reason: n for reason, n in left_out.items() if n},
+    )
+
+
+def _won(difference: ArrayLike) -> Floats:
+    """1 where the difference is above zero, 0 below, one half for a tie."""
+    return np.asarray((np.sign(np.asarray(difference, dtype=float)) + 1) / 2)
+
+
+def _mean(values: Floats, groups: Sequence[str]) -> Estimate:
+    return intervals.mean(values, groups) if len(values) else Estimate(value=None, n=0, reason="nothing to measure")
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -60, 60))))

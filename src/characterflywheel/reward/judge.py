@@ -1,66 +1,81 @@
 """What trained reward models are worth, on pairs and people they have not seen (PAPER section 3)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from math import log
+from typing import NamedTuple
 
-from pydantic import Field
+import numpy as np
 
+from .. import intervals
 from ..ledger import SignalQuality
-from ..records import Estimate, Preference, Record
+from ..records import Dropped, Preference
 from .composite import RewardModels
-from .evaluate import PreferenceEvaluation, evaluate_preference
+from .evaluate import evaluate_preference
+from .pairwise import Pairwise
+from .pointwise import Pointwise
 from .signals import SignalReport
+from .summary import RewardSummary
+
+__all__ = ["Margins", "RewardSummary", "judge", "pairwise_margins", "pointwise_margins"]
 
 
-class RewardSummary(Record):
-    """What the reward models are worth: headline accuracies, signals, and the whole evaluation of both models."""
+class Margins(NamedTuple):
+    """A model's uncalibrated log-odds that `chosen` is better, pair by pair, and the two numbers they came from.
 
-    pairs_trained: int
-    pairs_held_out: int
-    pointwise_accuracy: Estimate
-    pairwise_accuracy: Estimate
-    signals: dict[str, SignalQuality]
-    pointwise: PreferenceEvaluation
-    pairwise: PreferenceEvaluation
-    dropped: dict[str, int] = Field(default_factory=dict)
+    `first` and `second` are the scores of chosen and rejected (pointwise), or the log-odds for chosen when it is read
+    first and when it is read second (pairwise).
+    """
 
-    def line(self) -> str:
-        """One line for people."""
-        accuracies = ", ".join(
-            f"{name} {_said(estimate)}" for name, estimate in
-            (("pointwise", self.pointwise_accuracy), ("pairwise", self.pairwise_accuracy))
-        )  # fmt: skip
-        signals = ", ".join(
-            f"p({name}) "
-            + (f"AUC {s.auc:.2f} {'used' if s.usable else 'not used'}" if s.auc is not None else "unmeasured")
-            for name, s in self.signals.items()
-        )
-        return f"{self.pairs_trained} pairs · held-out accuracy {accuracies} · {signals}"
+    log_odds: list[float]
+    first: list[float]
+    second: list[float]
 
 
-def judge(models: RewardModels, training: Sequence[Preference], held_out: Sequence[Preference]) -> RewardSummary:
-    """Evaluate saved models on held-out pairs."""
-    prompts = [pair.prompt for pair in held_out]
-    chosen, rejected = ([side[-1].content for side in sides] for sides in
-                        ([p.chosen for p in held_out], [p.rejected for p in held_out]))  # fmt: skip
-    scores = models.pointwise.score(prompts, list(zip(chosen, rejected, strict=True)))
-    deviation = models.pointwise.scale.deviation
-    one, two = models.pairwise.both_orders(prompts, chosen, rejected)
-    pointwise = evaluate_preference(
-        held_out, [(a - b) * deviation for a, b in scores], [a for a, _ in scores], [b for _, b in scores]
+def pointwise_margins(model: Pointwise, pairs: Sequence[Preference]) -> Margins:
+    """Scores of both replies of every pair; their difference in raw units is the log-odds."""
+    sides = [(pair.chosen[-1].content, pair.rejected[-1].content) for pair in pairs]
+    scores = model.score([pair.prompt for pair in pairs], sides)
+    deviation = model.scale.deviation
+    return Margins([(a - b) * deviation for a, b in scores], [a for a, _ in scores], [b for _, b in scores])
+
+
+def pairwise_margins(model: Pairwise, pairs: Sequence[Preference]) -> Margins:
+    """Every pair read in both orders."""
+    one, two = model.both_orders(
+        [pair.prompt for pair in pairs],
+        [pair.chosen[-1].content for pair in pairs],
+        [pair.rejected[-1].content for pair in pairs],
     )
-    pairwise = evaluate_preference(
-        held_out, [_log_odds((p + 1 - q) / 2) for p, q in zip(one, two, strict=True)],
-        orders=([_log_odds(p) for p in one], [-_log_odds(q) for q in two]),
-    )  # fmt: skip
+    return Margins(
+        [_log_odds((p + 1 - q) / 2) for p, q in zip(one, two, strict=True)],
+        [_log_odds(p) for p in one],
+        [-_log_odds(q) for q in two],
+    )
+
+
+def judge(
+    models: RewardModels, training: Sequence[Preference], held_out: Sequence[Preference],
+    dropped: Sequence[Dropped] = (), seed: int = 0,
+) -> RewardSummary:  # fmt: skip
+    """Evaluate saved models on held-out pairs; `dropped` are the pairs that neither could be learnt from nor judged.
+
+    `summary.pointwise.calibration.temperature` (and `pairwise`) is the one to keep with the models.
+    """
+    scored, compared = pointwise_margins(models.pointwise, held_out), pairwise_margins(models.pairwise, held_out)
+    pointwise = evaluate_preference(held_out, scored.log_odds, scored.first, scored.second, seed=seed)
+    pairwise = evaluate_preference(held_out, compared.log_odds, orders=(compared.first, compared.second), seed=seed)
+    same = np.sign(scored.log_odds) == np.sign(compared.log_odds)
     return RewardSummary(
         pairs_trained=len(training),
         pairs_held_out=len(held_out),
+        dropped=dict(sorted(Counter(one.reason for one in dropped).items())),
         pointwise_accuracy=pointwise.accuracy,
         pairwise_accuracy=pairwise.accuracy,
         signals={kind: _quality(report) for kind, report in sorted(models.signals.reports.items())},
         pointwise=pointwise,
         pairwise=pairwise,
+        models_agree=intervals.share(same, [pair.prompt_id for pair in held_out]),
     )
 
 
@@ -73,7 +88,3 @@ def _quality(report: SignalReport) -> SignalQuality:
 def _log_odds(p: float) -> float:
     p = min(max(p, 1e-9), 1 - 1e-9)
     return log(p / (1 - p))
-
-
-def _said(estimate: Estimate) -> str:
-    return "unmeasured" if estimate.value is None else f"{estimate.value:.0%} (n = {estimate.n})"
