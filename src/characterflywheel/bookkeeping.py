@@ -24,6 +24,7 @@ from .ledger import (
 from .pipeline import Artifact, summary_line
 from .release.gate import GateDecision
 from .reward.judge import RewardSummary
+from .reward.overoptimisation.stage import OveroptimisationSummary
 from .style.stage import StyleSummary
 from .tables import read
 from .training.dpo import DPOSummary
@@ -37,6 +38,7 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
     """The ledger's row. `done` has every stage up to the gate, and the experiment's if the model met users."""
     offline: OfflineSummary = done["offline"].summary
     reward: RewardSummary = done["reward"].summary
+    optimised: OveroptimisationSummary = done["overoptimisation"].summary
     style: StyleSummary = done["style"].summary
     decision: GateDecision = done["gate"].summary
     test: ExperimentSummary | None = done["experiment"].summary if "experiment" in done else None
@@ -61,6 +63,7 @@ def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: T
         production=offline.production,
         steerability=offline.steerability,
         style=style.drift,
+        overoptimisation=(optimised.best_of_n, optimised.rl),
         gate=Gate(
             decision=decision.decision,
             criteria=tuple(GateCriterion(**criterion.model_dump()) for criterion in decision.criteria),

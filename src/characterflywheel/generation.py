@@ -3,7 +3,7 @@
     data consolidation   window, traffic -> curate -> annotate
     pre-herding          reward -> rejection_sampling
     herding              sft -> dpo -> rl
-    evaluation           offline, style -> gate -> release -> live -> experiment -> verdict
+    evaluation           overoptimisation, offline, style -> gate -> release -> live -> experiment -> verdict
 
 `compose` declares the stages and what each takes; `Workshop` does the work of each, with the functions of the
 stage's own package. Stages never import one another; only this file puts them together.
@@ -28,6 +28,7 @@ from .records import Record
 from .release import registry
 from .release.gate import GateDecision
 from .reward.judge import RewardSummary
+from .reward.overoptimisation.stage import OveroptimisationSummary
 from .store import EventStore
 from .style.stage import StyleSummary
 from .training.dpo import DPOSummary
@@ -76,7 +77,11 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, {"model": sft, "pairs": annotate})
     rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh})
 
-    # Evaluation: offline, then the gate, then people.
+    # Evaluation: how far the reward could be trusted, offline, then the gate, then people.
+    climbed: Inputs = {"scored": rejection, "start": dpo, "policy": rl, **fresh}
+    overoptimisation = stage(
+        "overoptimisation", config.overoptimisation, OveroptimisationSummary, shop.watch_optimisation, climbed
+    )
     offline = stage("offline", config.offline, OfflineSummary, shop.evaluate_offline, {"model": rl, **fresh})
     watched: Inputs = {
         "pairs": annotate,
@@ -95,8 +100,8 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     live = stage("live", config.world or nothing, LiveSummary, shop.live, met)
     lived: Inputs = {"live": live, "bank": release}
     experiment = stage("experiment", config.experiment, ExperimentSummary, shop.analyse, lived)
-    return (window, traffic, curate, annotate, reward, rejection, sft, dpo, rl, offline, style, gate,
-            release, live, experiment)  # fmt: skip
+    return (window, traffic, curate, annotate, reward, rejection, sft, dpo, rl, overoptimisation, offline, style,
+            gate, release, live, experiment)  # fmt: skip
 
 
 def turn(

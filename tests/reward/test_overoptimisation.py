@@ -173,7 +173,7 @@ def test_too_few_points_and_no_gold_are_reasons() -> None:
     measured = best_of_n.measure(np.random.default_rng(0).normal(size=(5, 4)), None, resampled(5, 100, 0))
     found = curve("best_of_n", [At(5, n=n) for n in range(1, 5)], measured, prompts=5, replies=20)
     assert found.points[3].gold.value is None
-    assert "gold unmeasured: there is no gold model" in said(found)
+    assert said(found).endswith("at best of 4, gold unmeasured")
     assert said(nothing("rl", "no rollout is left")) == "no rollout is left"
 
 

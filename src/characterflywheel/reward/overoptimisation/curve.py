@@ -54,7 +54,7 @@ def said(found: OptimisationCurve) -> str:
     far = f"best of {last.n}" if last.n else f"{last.kl.value:.2f} nats"
     if last.proxy.value is None or last.gold.value is None:
         proxy = "unmeasured" if last.proxy.value is None else f"{last.proxy.value:+.2f}"
-        return f"proxy {proxy} at {far}, gold unmeasured: {last.gold.reason}"
+        return f"proxy {proxy} at {far}, gold unmeasured"
     reached = f"proxy {last.proxy.value:+.2f}, gold {_interval(last.gold)}"
     if turn.value is not None:
         place = f"d = {turn.value:.2f}" + (f" (best of {found.gold.turn_n:.0f})" if found.gold.turn_n else "")

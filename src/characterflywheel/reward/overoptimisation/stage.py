@@ -25,7 +25,7 @@ from ...pipeline import Work, write_atomically
 from ...progress import Advance
 from ...records import Candidate, ChatMessage, Prompt, Record, Rollout
 from . import best_of_n
-from .bootstrap import At, Numbers, resampled
+from .bootstrap import NO_GOLD, At, Numbers, resampled
 from .curve import curve, nothing, said
 from .rollouts import Divergence, Group, Start, divergence, measure
 
@@ -48,7 +48,9 @@ class OveroptimisationSummary(Record):
     rl: OptimisationCurve
 
     def line(self) -> str:
-        return f"best of n: {said(self.best_of_n)} · RL: {said(self.rl)}"
+        line = f"best of n: {said(self.best_of_n)} · RL: {said(self.rl)}"
+        absent = self.best_of_n.gold.alpha.reason == NO_GOLD
+        return f"{line} · {NO_GOLD}" if absent else line
 
 
 class ScoredReply(Record):
