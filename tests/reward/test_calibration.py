@@ -11,8 +11,10 @@ from characterflywheel.reward.calibration import (
     HOTTEST,
     calibrate,
     cross_fitted,
+    evened,
     fit_temperature,
     log_loss,
+    log_odds,
     pair_calibration,
     reliability,
 )
@@ -137,3 +139,11 @@ def test_reliability_points_are_means_of_their_bins():
     first, second = reliability(np.array([0.95, 0.91, 0.3]), np.array([1.0, 0.0, 0.5]), ["a", "b", "c"])
     assert (first.confidence, first.agree.value, first.agree.n) == (pytest.approx(0.7), 0.5, 1)
     assert (second.confidence, second.agree.value, second.agree.n) == (pytest.approx(0.93), 0.5, 2)
+
+
+@given(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.floats(0.5, 5))
+def test_both_orders_are_evened_so_that_swapping_swaps_and_temperature_divides(p: float, q: float, temperature: float):
+    assert evened(p, q) == 1 - evened(q, p) or evened(q, p) == 1 - evened(p, q)
+    assert evened(p, p) == evened(1.0, 1.0) == 0.5
+    cooled = evened(expit(log_odds(p) / temperature), expit(log_odds(q) / temperature))
+    assert log_odds(cooled) == pytest.approx(log_odds(evened(p, q)) / temperature, abs=1e-3)

@@ -5,6 +5,7 @@ every calibration error stands what a perfectly calibrated model would show by c
 """
 
 from collections.abc import Sequence
+from math import exp, log
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -143,6 +144,22 @@ def log_loss(probabilities: Floats, labels: Floats) -> float:
     """Mean cross-entropy of the labels, in nats; a coin toss has log 2."""
     p = np.clip(probabilities, 1e-12, 1 - 1e-12)
     return float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
+
+
+def log_odds(p: float) -> float:
+    """log(p / (1 - p)), of a probability that floating point may have rounded to 0 or 1 too."""
+    p = min(max(p, 1e-12), 1 - 1e-12)
+    return log(p / (1 - p))
+
+
+def evened(straight: float, swapped: float) -> float:
+    """P(A is better) from P(A) when A is read first and P(B) when B is: the mean of both orders' log-odds for A.
+
+    Exactly one minus what the swapped replies give.
+    """
+    margin = (log_odds(straight) - log_odds(swapped)) / 2
+    likely = 1 / (1 + exp(-abs(margin)))
+    return likely if margin >= 0 else 1 - likely
 
 
 def _checked(margins: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:

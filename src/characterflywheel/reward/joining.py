@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from ..errors import FlywheelError
 from ..records import ChatMessage, Scored
+from .calibration import evened
 from .selection import Conversations
 from .wire import Limits, PreferAnswer, PreferRequest, Prompt, ScoreAnswer, ScoreRequest
 
@@ -144,7 +145,8 @@ class Worker:
             self._wake.notify()
         self._thread.join()
         for job in self._jobs:
-            job.answer.cancel() or job.answer.set_exception(Closing())
+            if job.answer.set_running_or_notify_cancel():
+                job.answer.set_exception(Closing())
         self._jobs.clear()
 
     def _run(self) -> None:
@@ -223,7 +225,7 @@ class Worker:
             won = self._models.pointwise.prefers(prompts, firsts, seconds)
             return [PreferAnswer(model=self._model, probabilities=won[span]) for span in spans]
         one, two = self._models.pairwise.both_orders(prompts, firsts, seconds)
-        won = [(p + (1.0 - q)) / 2 for p, q in zip(one, two, strict=True)]
+        won = [evened(p, q) for p, q in zip(one, two, strict=True)]
         return [
             PreferAnswer(model=self._model, probabilities=won[span], orders=(one[span], two[span])) for span in spans
         ]

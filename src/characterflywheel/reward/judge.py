@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from math import log
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from .. import intervals
 from ..ledger import SignalQuality
 from ..records import Dropped, Preference
+from .calibration import log_odds
 from .composite import RewardModels
 from .evaluate import evaluate_preference
 from .pairwise import Pairwise
@@ -41,17 +41,15 @@ def pointwise_margins(model: Pointwise, pairs: Sequence[Preference]) -> Margins:
 
 
 def pairwise_margins(model: Pairwise, pairs: Sequence[Preference]) -> Margins:
-    """Every pair read in both orders."""
+    """Every pair read in both orders; the margin is the mean of both log-odds for chosen."""
     one, two = model.both_orders(
         [pair.prompt for pair in pairs],
         [pair.chosen[-1].content for pair in pairs],
         [pair.rejected[-1].content for pair in pairs],
     )
-    return Margins(
-        [_log_odds((p + 1 - q) / 2) for p, q in zip(one, two, strict=True)],
-        [_log_odds(p) for p in one],
-        [-_log_odds(q) for q in two],
-    )
+    first = [log_odds(p) * model.temperature for p in one]
+    second = [-log_odds(q) * model.temperature for q in two]
+    return Margins([(a + b) / 2 for a, b in zip(first, second, strict=True)], first, second)
 
 
 def judge(
@@ -83,8 +81,3 @@ def _quality(report: SignalReport) -> SignalQuality:
     auc = report.auc
     interval = None if auc.low is None or auc.high is None else (auc.low, auc.high)
     return SignalQuality(auc=auc.value, interval=interval, n=auc.n, usable=report.usable, reason=auc.reason)
-
-
-def _log_odds(p: float) -> float:
-    p = min(max(p, 1e-9), 1 - 1e-9)
-    return log(p / (1 - p))

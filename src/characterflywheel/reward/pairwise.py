@@ -1,7 +1,8 @@
 """The pairwise preference model: both replies read together, says which is better (PAPER section 3).
 
 One sequence holds the context, the first reply and the second; the head reads the end of both. Each pair is learnt in
-both orders, and answered in both: (p(A, B) + 1 - p(B, A)) / 2, so that swapping the replies swaps the answer.
+both orders, and answered in both: half the log-odds of (A, B) less those of (B, A), so that swapping the replies swaps
+the answer, and a temperature divides it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
 from . import fit, format, network
+from .calibration import evened
 
 
 class Orders(NamedTuple):
@@ -46,12 +48,7 @@ class Pairwise:
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[float]:
         """P(first is better than second) for each prompt; swapped replies give exactly one minus that."""
-        one, two = self.both_orders(prompts, firsts, seconds)
-        # the same sum whichever reply is named first: addition in floating point minds its order
-        answers = []
-        for p, q, a, b in zip(one, two, firsts, seconds, strict=True):
-            answers.append(1.0 - (q + (1.0 - p)) / 2 if a > b else (p + (1.0 - q)) / 2)
-        return answers
+        return [evened(p, q) for p, q in zip(*self.both_orders(prompts, firsts, seconds), strict=True)]
 
     def both_orders(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
