@@ -225,8 +225,12 @@ def connect(
     """
     wanted = model_id(artifact, content) if artifact is not None and content is not None else None
     connection = Connection(address, wanted, key=key, patience_s=patience_s)
-    card = connection.card()
-    connection.check(card.id)
+    try:
+        card = connection.card()
+        connection.check(card.id)
+    except FlywheelError:
+        connection.close()
+        raise
     connection.model = card.id  # from here on, whoever answers must be the same
     return RemoteRewards(connection, card, on_progress)
 
