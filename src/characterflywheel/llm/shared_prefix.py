@@ -11,6 +11,8 @@ optimisers see nothing unusual).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -34,28 +36,57 @@ class Tree(NamedTuple):
     mask: Tensor
 
 
+class Node(NamedTuple):
+    """A segment laid out in rows `start:stop`; `line`: the nodes on its path from the root down to itself."""
+
+    start: int
+    stop: int
+    line: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Forest:
     """Token paths laid out in one flat batch of N rows.
 
     `ids`, `positions`: shape (N,). `rows[i]`: the rows of path i from root to leaf, shape (length of path i,).
+    `nodes`: the segments in the order of their rows; a tree's nodes follow one another, parents before children,
+    siblings of equal length together.
     """
 
     ids: Tensor
     positions: Tensor
-    trees: tuple[Tree, ...]
+    nodes: tuple[Node, ...]
     rows: tuple[Tensor, ...]
 
     @property
     def tokens(self) -> int:
         return int(self.ids.numel())
 
+    @cached_property
+    def trees(self) -> tuple[Tree, ...]:
+        """Each tree's rows and mask: a row sees its own segment up to itself, and every segment above."""
+        return self.masked(both_ways=False)
+
+    def masked(self, both_ways: bool) -> tuple[Tree, ...]:
+        """As `trees`; with `both_ways` a row sees all of its own segment, as in an encoder."""
+        out = []
+        for first, tree in groupby(self.nodes, key=lambda node: node.line[0]):
+            nodes = list(tree)
+            sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+            for i, node in enumerate(nodes):
+                sees[i, [above - first for above in node.line]] = True
+            owner = torch.repeat_interleave(torch.tensor([node.stop - node.start for node in nodes]))
+            mask = sees[owner][:, owner]
+            mask = mask if both_ways else mask.tril()
+            out.append(Tree(nodes[0].start, nodes[-1].stop, mask.to(self.ids.device)))
+        return tuple(out)
+
 
 def plant(paths: Sequence[Path], device: torch.device | str = "cpu") -> Forest:
     """Lay paths out, each distinct (parent, segment) once. Paths need at least one token."""
     children: dict[tuple[int, Segment], int] = {}
-    parent: list[int] = []
     segments: list[Segment] = []
+    lines: list[tuple[int, ...]] = []
     leaves: list[int] = []
     for path in paths:
         node = -1
@@ -65,42 +96,25 @@ def plant(paths: Sequence[Path], device: torch.device | str = "cpu") -> Forest:
             key = (node, segment)
             if key not in children:
                 children[key] = len(segments)
+                lines.append((*(lines[node] if node >= 0 else ()), len(segments)))
                 segments.append(segment)
-                parent.append(node)
             node = children[key]
         if node < 0:
             raise FlywheelError("an empty token sequence cannot be run: give each path at least one token.")
         leaves.append(node)
-    ancestors: list[tuple[int, ...]] = []
-    for node, above in enumerate(parent):
-        ancestors.append((*(ancestors[above] if above >= 0 else ()), node))
-    order = sorted(range(len(segments)), key=lambda n: (ancestors[n][0], n))
-    start = [0] * len(segments)
+    order = sorted(range(len(segments)), key=lambda n: (lines[n][0], lines[n][-2:-1], len(segments[n]), n))
+    place = {node: i for i, node in enumerate(order)}
+    nodes: list[Node] = []
     ids: list[int] = []
     positions: list[int] = []
-    owner: list[int] = []
     for node in order:
-        start[node] = len(ids)
-        depth = sum(len(segments[a]) for a in ancestors[node][:-1])
+        depth, size = sum(len(segments[above]) for above in lines[node][:-1]), len(segments[node])
+        nodes.append(Node(len(ids), len(ids) + size, tuple(place[above] for above in lines[node])))
         ids.extend(segments[node])
-        positions.extend(range(depth, depth + len(segments[node])))
-        owner.extend([node] * len(segments[node]))
-    owners = torch.tensor(owner)
-    sees = torch.zeros(len(segments), len(segments), dtype=torch.bool)
-    for node, line in enumerate(ancestors):
-        sees[node, list(line)] = True
-    trees, root_of = [], torch.tensor([ancestors[n][0] for n in owner])
-    for root in sorted({a[0] for a in ancestors}):
-        inside = torch.nonzero(root_of == root).flatten()
-        low, high = int(inside[0]), int(inside[-1]) + 1
-        local = owners[low:high]
-        mask = sees[local][:, local] & torch.ones(high - low, high - low, dtype=torch.bool).tril()
-        trees.append(Tree(low, high, mask.to(device)))
-    rows = tuple(
-        torch.cat([torch.arange(start[a], start[a] + len(segments[a])) for a in ancestors[leaf]]).to(device)
-        for leaf in leaves
-    )
-    return Forest(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(trees), rows)
+        positions.extend(range(depth, depth + size))
+    spans = ([nodes[above] for above in nodes[place[leaf]].line] for leaf in leaves)
+    rows = tuple(torch.cat([torch.arange(n.start, n.stop) for n in line]).to(device) for line in spans)
+    return Forest(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(nodes), rows)
 
 
 def check_family(config: Any) -> None:
@@ -125,7 +139,7 @@ def hidden_states(
         if keep is not None:
             keep.append((k, v))
         mixed = torch.cat(
-            [_attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
+            [attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
         )
         x = finish_layer(layer, x, mixed)
     return backbone.norm(x)  # type: ignore[no-any-return]
@@ -152,17 +166,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
     """Attention within a tree: (n, heads, size) queries, (n, kv heads, size) keys and values -> (n, heads * size)."""
     n, heads, size = q.shape
     if q.is_cpu and n <= PLAIN_ROWS:
         kv = k.shape[1]
         grouped = (q * size**-0.5).view(n, kv, -1, size).permute(1, 2, 0, 3).reshape(kv, -1, size)
         scores = (grouped @ k.permute(1, 2, 0)).float().view(kv, -1, n, n).masked_fill(~mask, float("-inf"))
-        weights = torch.softmax(scores, dim=-1).to(v.dtype).view(kv, -1, n)
+        weights = functional.dropout(torch.softmax(scores, dim=-1), dropout, dropout > 0).to(v.dtype).view(kv, -1, n)
         return (weights @ v.transpose(0, 1)).view(heads, n, size).transpose(0, 1).flatten(1)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    out = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[0].transpose(0, 1).flatten(1)
 
 
