@@ -27,8 +27,8 @@ from characterflywheel.workspace import Workspace
 
 FLYWHEEL = [sys.executable, "-m", "characterflywheel.cli"]
 STAGES = [
-    "window", "traffic", "curate", "annotate", "reward", "rejection_sampling", "sft", "dpo", "rl", "offline", "style",
-    "gate", "release", "live", "experiment",
+    "window", "traffic", "curate", "annotate", "reward", "rejection_sampling", "sft", "dpo", "rl", "overoptimisation",
+    "offline", "style", "gate", "release", "live", "experiment",
 ]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def undisturbed(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_stage_leaves_an_artifact_and_the_ledger_a_row(undisturbed: Path) -> None:
     (row,) = ledger.read(undisturbed / "ledger.jsonl")
     met_users = row.gate.decision != "reject"
-    assert [name for name in STAGES if name in row.stages] == (STAGES if met_users else STAGES[:12])
+    assert [name for name in STAGES if name in row.stages] == (STAGES if met_users else STAGES[:13])
     for name, folder in row.stages.items():
         record = json.loads((undisturbed / "artifacts" / folder / "artifact.json").read_text())
         assert record["stage"] == name
