@@ -16,8 +16,8 @@ def score(workspace: Workspace, number: int | None, host: str, port: int) -> Non
     config = workspace.config()
     number, name = newest(workspace, config) if number is None else (number, folder_of(workspace, config, number))
     if name is None:
-        wanted = f"generation {number} has" if number else "no generation has"
-        raise FlywheelError(f"{wanted} no reward models: `flywheel run {workspace.root} --until reward` trains them.")
+        who = f"generation {number} has no" if number else "no generation has"
+        raise FlywheelError(f"{who} reward models: `flywheel run {workspace.root} --until reward` trains them.")
     from .llm.encoder import shared_encoder  # noqa: PLC0415 - torch only once there is something to serve
     from .llm.models import encoder_folder  # noqa: PLC0415
     from .reward.composite import RewardModels  # noqa: PLC0415

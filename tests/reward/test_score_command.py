@@ -1,0 +1,112 @@
+"""`flywheel score`: which reward models are found, and the command as a person gives it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reward_fixture import asks
+from scoring_fixture import loaded, outputs, reward_artifact
+
+from characterflywheel import generation, score_commands
+from characterflywheel.errors import FlywheelError
+from characterflywheel.pipeline import Artifact, ArtifactRecord
+from characterflywheel.reward.remote import RemoteRewards, connect
+from characterflywheel.reward.wire import content_of
+from characterflywheel.workshop import Workshop
+from characterflywheel.workspace import Workspace, init
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reward_artifact(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return init(tmp_path / "shop", "tiny")
+
+
+def trained(workspace: Workspace, models: Path) -> Path:
+    """Put the models where generation 1 keeps its own."""
+    stage = next(s for s in generation.plan(workspace, workspace.config(), 1) if s.name == "reward")
+    folder = workspace.artifacts / stage.folder_name
+    shutil.copytree(models, folder)
+    record = json.loads((folder / "artifact.json").read_text())
+    (folder / "artifact.json").write_text(json.dumps(record | {"hash": stage.hash}))
+    return folder
+
+
+def test_the_generation_being_turned_is_found_once_its_reward_stage_is_complete(workspace: Workspace, models: Path):
+    config = workspace.config()
+    assert score_commands.newest(workspace, config) == (0, None)
+    folder = trained(workspace, models)
+    assert score_commands.newest(workspace, config) == (1, folder.name)
+    assert score_commands.folder_of(workspace, config, 1) == folder.name
+    assert score_commands.folder_of(workspace, config, 2) is None
+    (folder / "artifact.json").unlink()
+    assert score_commands.newest(workspace, config) == (0, None)
+
+
+def test_without_reward_models_the_remedy_is_said(workspace: Workspace):
+    with pytest.raises(FlywheelError, match="no generation has reward models: `flywheel run"):
+        score_commands.score(workspace, None, "127.0.0.1", 0)
+    with pytest.raises(FlywheelError, match="generation 4 has no reward models: `flywheel run"):
+        score_commands.score(workspace, 4, "127.0.0.1", 0)
+
+
+def test_who_computes_is_no_part_of_what_is_made(workspace: Workspace):
+    config = workspace.config()
+    reward = config.reward.model_copy(update={"server": "http://elsewhere:8766"})
+    shared = config.model_copy(update={"reward": reward})
+    assert [s.hash for s in generation.plan(workspace, config, 1)] == [
+        s.hash for s in generation.plan(workspace, shared, 1)
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_run_and_ends_when_told(workspace: Workspace, models: Path):
+    """Started as a process on a free port; a workshop whose config names it gets the same scores as from the files."""
+    folder = trained(workspace, models)
+    command = [sys.executable, "-m", "characterflywheel.cli", "score", str(workspace.root), "--port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            found = re.fullmatch(
+                rf"scoring with {folder.name}@{content_of(outputs(folder))} of generation 1 on (http://127.0.0.1:\d+) "
+                "without a key, for this machine only; stop with Ctrl-C\n",
+                line,
+            )
+            assert found, line
+            ask(workspace, folder, found[1])
+        finally:
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=20)
+    assert "Traceback" not in said
+    assert server.returncode in (0, -signal.SIGTERM)
+
+
+def ask(workspace: Workspace, folder: Path, address: str) -> None:
+    """As a stage does, with the server in the workspace's configuration."""
+    config = workspace.config()
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"server": address})})
+    record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text())
+    artifact = Artifact("reward", folder, None, record)
+    rewards = Workshop(workspace, config, None, None, 1).rewards(artifact)  # type: ignore[arg-type]
+    assert isinstance(rewards, RemoteRewards)
+    prompts, replies = [asks("Hi"), asks("Ho")], [["tea", "rain"], ["A longer reply?"]]
+    here = loaded(folder).pointwise.score(prompts, replies)
+    for told, expected in zip(rewards.pointwise.score(prompts, replies), here, strict=True):
+        assert told == pytest.approx(expected, abs=1e-6)
+    rewards.close()
+    with pytest.raises(FlywheelError, match="this stage was planned with reward-another@"):
+        connect(address, "reward-another", "0")
