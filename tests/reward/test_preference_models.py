@@ -5,8 +5,7 @@ import torch
 from reward_fixture import asks, pairs, tiny_policy
 
 from characterflywheel.config import RewardConfig
-from characterflywheel.errors import FlywheelError
-from characterflywheel.reward import export, network
+from characterflywheel.reward import export
 from characterflywheel.reward.fit import schedule
 from characterflywheel.reward.pairwise import Pairwise
 from characterflywheel.reward.pointwise import Pointwise
@@ -94,24 +93,12 @@ def test_swapping_the_replies_swaps_the_answer_exactly(judge: Pairwise):
     assert judge.prefers([asks("Hi")], ["same"], ["same"]) == pytest.approx([0.5], abs=1e-6)
 
 
-def test_saved_and_loaded_score_the_same_up_to_bfloat16(scorer: Pointwise, tmp_path: Path):
+def test_saved_and_loaded_score_the_same(scorer: Pointwise, tmp_path: Path):
     export.save_pointwise(scorer, tmp_path)
     again = export.load_pointwise(tmp_path, threads=1)
     texts = [["I like tea. Do you?", "I like tea."]]
-    assert again.score([asks("Hi")], texts)[0] == pytest.approx(scorer.score([asks("Hi")], texts)[0], abs=0.1)
+    assert again.score([asks("Hi")], texts) == scorer.score([asks("Hi")], texts)
     assert again.net.model.embed_tokens.weight.device.type == "cpu"
-
-
-def test_too_many_layers_and_absent_models_are_clear_errors(policy: Path, tmp_path: Path):
-    with pytest.raises(FlywheelError, match=r"reward.layers = 3, the backbone has 2"):
-        network.from_folder(policy, 3, 1)
-    with pytest.raises(FlywheelError, match="holds no reward model"):
-        export.load_pointwise(tmp_path)
-
-
-def test_batches_cover_everything_once_in_order():
-    ranges = list(network.in_batches([3, 3, 3, 9, 1], limit=6))
-    assert [list(r) for r in ranges] == [[0, 1], [2], [3], [4]]
 
 
 def test_schedule_keeps_pairs_of_a_prompt_together_and_sees_each_once_an_epoch():

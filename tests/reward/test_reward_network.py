@@ -55,7 +55,7 @@ def test_only_adapters_and_head_are_trained(policy: Path) -> None:
     model = Pointwise.from_folder(
         policy, RewardConfig(layers=2, lora_rank=4, max_prompt_tokens=64, max_reply_tokens=24), threads=1
     )
-    before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
+    before = {name: tensor.to(torch.bfloat16).float() for name, tensor in model.net.state_dict().items()}
     trainable = {name for name, p in model.net.named_parameters() if p.requires_grad}
     assert trainable == {name for name in before if "lora_" in name or name == "head.weight"}
     losses: list[float] = []

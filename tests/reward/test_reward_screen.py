@@ -1,7 +1,5 @@
 """Pairs that cannot teach are dropped by name; where nothing is left to learn, it says so."""
 
-from pathlib import Path
-
 import pytest
 from reward_fixture import asks, pair, pairs, tiny_policy
 

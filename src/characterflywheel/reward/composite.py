@@ -22,10 +22,15 @@ from .signals import Embeds, SignalModels
 
 
 class Settings(Record):
-    """How the saved models are used together. `scales`: mean and deviation of each signal's log-odds."""
+    """How the saved models are used together. `scales`: mean and deviation of each signal's log-odds.
+
+    The temperatures divide the preference models' log-odds.
+    """
 
     signal_weights: dict[SignalKind, float]
     scales: dict[str, tuple[float, float]]
+    pointwise_temperature: float = 1.0
+    pairwise_temperature: float = 1.0
 
 
 class RewardModels:
@@ -65,13 +70,20 @@ class RewardModels:
 
     def save(self, folder: Path) -> None:
         """Safetensors and JSON, without the policy's folder being needed again (`pointwise/`: see `export`)."""
-        settings = Settings(signal_weights=self.signal_weights, scales=self.scales)
-        (folder / "reward.json").write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        self.save_settings(folder)
         export.save_pointwise(self.pointwise, folder / "pointwise")
         export.save_pairwise(self.pairwise, folder / "pairwise.safetensors")
         if self.gold is not None:
             export.save_pointwise(self.gold, folder / "gold")
         self.signals.save(folder)
+
+    def save_settings(self, folder: Path) -> None:
+        """What of `save` is no weight: temperatures are known only once the saved models have been judged."""
+        settings = Settings(
+            signal_weights=self.signal_weights, scales=self.scales,
+            pointwise_temperature=self.pointwise.temperature, pairwise_temperature=self.pairwise.temperature,
+        )  # fmt: skip
+        (folder / "reward.json").write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, encoder: Embeds, threads: int = 2, device: str = "cpu") -> "RewardModels":
@@ -80,8 +92,12 @@ class RewardModels:
             settings = Settings.model_validate(json.loads((folder / "reward.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise FlywheelError(f"{folder} holds no reward models: run the reward stage.") from None
-        pointwise = export.load_pointwise(folder / "pointwise", threads, device)
-        pairwise = export.load_pairwise(folder / "pairwise.safetensors", pointwise)
+        pointwise = export.load_pointwise(
+            folder / "pointwise", threads, device, temperature=settings.pointwise_temperature
+        )
+        pairwise = export.load_pairwise(
+            folder / "pairwise.safetensors", pointwise, temperature=settings.pairwise_temperature
+        )
         gold = export.load_pointwise(folder / "gold", threads, device) if (folder / "gold").exists() else None
         signals = SignalModels.load(folder, encoder)
         return cls(pointwise, pairwise, signals, settings.signal_weights, settings.scales, gold)

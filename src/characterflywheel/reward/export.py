@@ -36,7 +36,6 @@ class Settings(Record):
     max_reply_tokens: int
     mean: float
     deviation: float
-    temperature: float
 
 
 def save_pointwise(model: Pointwise, folder: Path) -> None:
@@ -60,12 +59,12 @@ def save_pointwise(model: Pointwise, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     settings = Settings(
         max_prompt_tokens=model.form.max_prompt_tokens, max_reply_tokens=model.form.max_reply_tokens,
-        mean=model.scale.mean, deviation=model.scale.deviation, temperature=model.temperature,
+        mean=model.scale.mean, deviation=model.scale.deviation,
     )  # fmt: skip
     (folder / SETTINGS).write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def load_pointwise(folder: Path, threads: int = 2, device: str = "cpu") -> Pointwise:
+def load_pointwise(folder: Path, threads: int = 2, device: str = "cpu", *, temperature: float = 1.0) -> Pointwise:
     """The model that `save_pointwise` wrote."""
     try:
         settings = Settings.model_validate(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
@@ -79,23 +78,20 @@ def load_pointwise(folder: Path, threads: int = 2, device: str = "cpu") -> Point
     form = format.make(folder, settings.max_prompt_tokens, settings.max_reply_tokens)
     return Pointwise(
         net.to(device).eval(), form, scale=Scale(settings.mean, settings.deviation),
-        temperature=settings.temperature, threads=threads,
+        temperature=temperature, threads=threads,
     )  # fmt: skip
 
 
 def save_pairwise(model: Pairwise, path: Path) -> None:
-    """Write the model's own weights as one safetensors file, its temperature in the file's header."""
-    # one header entry only: several come in no fixed order, and equal models would not be equal bytes
+    """Write the model's own weights as one safetensors file."""
     state = {name: t for name, t in model.net.state_dict().items() if name != _embeddings(model.net)}
-    save_file(_stored(state), path, metadata={"temperature": repr(model.temperature)})
+    save_file(_stored(state), path)
 
 
-def load_pairwise(path: Path, beside: Pointwise) -> Pairwise:
+def load_pairwise(path: Path, beside: Pointwise, temperature: float = 1.0) -> Pairwise:
     """The model that `save_pairwise` wrote; in memory too it shares the embeddings of the pointwise one `beside` it."""
     if not path.exists():
         raise FlywheelError(f"{path} is missing: run the reward stage.")
-    with safe_open(path, "pt") as weights:
-        temperature = float(weights.metadata()["temperature"])
     embeddings = beside.net.model.get_input_embeddings().weight
     model = deepcopy(beside.net.model, {id(embeddings): embeddings})
     net = RewardNetwork(model, model.config.num_hidden_layers, 2)

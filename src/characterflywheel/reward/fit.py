@@ -47,7 +47,7 @@ def train(
     learning_rate: float,
     on_step: OnStep = lambda loss: None,
 ) -> None:
-    """AdamW with a tenth of warm-up, then a cosine to zero; gradients clipped to norm 1; adapters merged at the end.
+    """AdamW with a tenth of warm-up, then a cosine to zero; gradients clipped to norm 1; see `RewardNetwork.finish`.
 
     `loss_of` is called once a step, `on_step` with its value. Raises FlywheelError at a loss or gradient that is not
     finite, before the step changes a weight.
@@ -77,7 +77,7 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         on_step(value)
     net.eval()
-    net.merge()
+    net.finish()
 
 
 def schedule(pairs: Sequence[Preference], per_step: int, epochs: int, seed: int) -> list[list[Preference]]:

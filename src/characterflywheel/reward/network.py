@@ -72,6 +72,15 @@ class RewardNetwork(nn.Module):
             self._adapted[0].merge_and_unload()
             self._adapted = self._packed = None
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After training: merge adapters and round weights to bfloat16, as they are kept, so that nothing that is
+        measured from here on changes when they are saved and read back."""
+        self.merge()
+        self._packed = None
+        for parameter in self.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
     def train(self, mode: bool = True) -> "RewardNetwork":
         """The backbone never drops out: two replies to compare must not be seen through different noise (as in TRL)."""
         self._packed = None
