@@ -14,9 +14,12 @@ from characterflywheel.ledger import (
     GateCriterion,
     JudgedWinRate,
     LedgerRow,
+    OptimisationCurve,
+    OptimisedPoint,
     RewardQuality,
     Sample,
     SampleReply,
+    ScalingFit,
     Sieve,
     SignalQuality,
     Steerability,
@@ -83,6 +86,30 @@ def experiment(breadth: float, depth: float) -> Experiment:
     )
 
 
+def optimised() -> tuple[OptimisationCurve, ...]:
+    """Best of 8, whose gold turns at d = 0.9, and four steps of RL without a turn."""
+
+    def curve(way: str, at: list[OptimisedPoint], bend: float, turn: Estimate) -> OptimisationCurve:
+        fits = {
+            name: ScalingFit(alpha=about(a, 0.1, 40), beta=about(b, 0.05, 40), turn=turn, farthest=at[-1].distance)
+            for name, a, b in (("proxy", 1.3, 0.05), ("gold", 1.0, bend))
+        }
+        growth = about(0.5, 0.1, 40)
+        return OptimisationCurve.model_validate(
+            {"way": way, "prompts": 40, "replies": 320, "points": at, "gap_growth": growth, **fits}
+        )
+
+    def point(d: float, gold: float, **where: object) -> OptimisedPoint:
+        kl = Estimate(value=d * d, n=40)
+        more = {"distance": d, "kl": kl, "proxy": about(1.2 * d, 0.1, 40), "gold": about(gold, 0.2, 40)}
+        return OptimisedPoint.model_validate({**more, **where, "gap": about(1.2 * d - gold, 0.2, 40)})
+
+    best = [point(d, d * (1 - 0.56 * d), n=n) for n, d in ((1, 0.0), (2, 0.44), (4, 0.8), (8, 1.1))]
+    steps = [point(0.1 * s, 0.05 * s, steps=(s, s)) for s in (1, 2, 3, 4)]
+    unseen = Estimate(value=None, n=40, reason="no turn seen up to d = 0.40")
+    return curve("best_of_n", best, 0.56, about(0.9, 0.1, 40)), curve("rl", steps, 0.1, unseen)
+
+
 def row(generation: int = 1, verdict: str = "promote", breadth: float = 0.062, depth: float = 0.021) -> LedgerRow:
     decision = "hold" if verdict == "held" else "ship"
     tested = experiment(breadth, depth) if decision == "ship" else None
@@ -125,6 +152,7 @@ def row(generation: int = 1, verdict: str = "promote", breadth: float = 0.062, d
             "dpo": Training(examples=24, steps=4, first=0.69, last=0.61),
             "rl": Training(examples=96, steps=4, measure="reward", first=0.12, last=0.31),
         },
+        overoptimisation=optimised(),
         win_rate=WinRates(
             user=JudgedWinRate(pointwise=about(0.604, 0.08, 48), pairwise=about(0.573, 0.082, 48)),
             internal=JudgedWinRate(pointwise=about(0.556, 0.13, 16), pairwise=about(0.531, 0.135, 16)),

@@ -14,7 +14,7 @@ from ..errors import FlywheelError
 from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
 from ..records import Estimate
-from . import words
+from . import optimised, words
 from .figures import Axis, Bar, Figure, Node, Row, Series, Tone, bars, curves, dot_plot, nice_axis, share_axis, wheel
 
 IDEAL_BAND = (0.50, 0.65)
@@ -69,6 +69,7 @@ def all_figures(data: ReportData) -> dict[str, Figure]:
     """Every figure that the generation has numbers for, by name."""
     row = data.row
     made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row), *_reward(row)]
+    made += optimised.figures(row.overoptimisation)
     made += [*_experiment(row), *_kept(row), *_timings(row), *_trend(data.history)]
     return {figure.name: figure for figure in made}
 
