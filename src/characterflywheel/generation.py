@@ -92,7 +92,7 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
         "prompts": curate,
     }
     style = stage("style", config.style, StyleSummary, shop.watch_style, watched)
-    evidence: Inputs = {"offline": offline, "style": style, "reward": reward}
+    evidence: Inputs = {"offline": offline, "style": style, "reward": reward, "climbed": overoptimisation}
     gate = stage("gate", config.gate, GateDecision, shop.decide, evidence)
     allowed: Inputs = {"model": rl, "prompts": curate, "gate": gate, "window": window}
     release = stage("release", config.experiment, BankSummary, shop.release, allowed)

@@ -30,7 +30,7 @@ from .pipeline import Artifact, Runner, Work, write_atomically
 from .progress import announce, progress
 from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Rollout, Signal, User
 from .release import registry
-from .release.gate import Change, GateDecision, GateEvidence, StyleChange, decide
+from .release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
 from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
 from .reward.judge import RewardSummary
@@ -405,7 +405,8 @@ class Workshop:
         offline: OfflineSummary = work.inputs["offline"].summary
         reward: RewardSummary = work.inputs["reward"].summary
         style: StyleSummary = work.inputs["style"].summary
-        steered = offline.steerability
+        climbed: OveroptimisationSummary = work.inputs["climbed"].summary
+        steered, farthest = offline.steerability, climbed.rl.points[-1:]
         evidence = GateEvidence(
             win_rates={
                 source: {"pointwise": rate.pointwise, "pairwise": rate.pairwise}
@@ -420,6 +421,9 @@ class Workshop:
                 if shift.before is not None and shift.after is not None
             },
             reward_accuracy={"pointwise": reward.pointwise_accuracy, "pairwise": reward.pairwise_accuracy},
+            gained=Gained(proxy=farthest[0].proxy, gold=farthest[0].gold)
+            if self.config.reward.gold_share and farthest
+            else None,
         )
         return decide(self.config.gate, evidence)
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from characterflywheel.config import GateConfig
 from characterflywheel.records import Estimate
-from characterflywheel.release.gate import HARMS, Change, GateDecision, GateEvidence, StyleChange, decide
+from characterflywheel.release.gate import HARMS, Change, Gained, GateDecision, GateEvidence, StyleChange, decide
 
 CONFIG = GateConfig()
 
@@ -127,6 +127,33 @@ def test_nothing_measured_is_held_with_a_line_for_everything() -> None:
     assert len(decision.criteria) == 4 + 4 + 2 + 7 + 2 + 1 + 2
     assert all(criterion.passed is None for criterion in decision.criteria)
     assert all(criterion.note == "not measured: no evidence was given" for criterion in decision.criteria)
+
+
+def gained(proxy: float, gold: float | None, half: float = 0.1) -> GateEvidence:
+    said = {"value": gold, "n": 16} | ({} if gold is None else {"low": gold - half, "high": gold + half})
+    reason = {"reason": "all replies have the same score"} if gold is None else {}
+    estimates = Estimate(value=proxy, n=16), Estimate.model_validate(said | reason)
+    return GOOD.model_copy(update={"gained": Gained(proxy=estimates[0], gold=estimates[1])})
+
+
+@pytest.mark.parametrize(("proxy", "gold", "passed"), [
+    (0.4, 0.2, True), (0.4, -0.05, True), (0.4, -0.2, False), (-0.3, -0.2, True),
+])  # fmt: skip
+def test_gold_must_not_fall_while_the_proxy_rises(proxy: float, gold: float, passed: bool) -> None:
+    """Beyond doubt: at -0.05 the interval still holds zero. Where both fall, nothing was gamed."""
+    decision = decide(CONFIG, gained(proxy, gold))
+    assert decision.decision == ("ship" if passed else "hold")
+    criterion = decision.criteria[-1]
+    assert (criterion.name, criterion.passed, criterion.severity) == ("gold reward follows the proxy", passed, "hold")
+    assert criterion.note.startswith(f"proxy {proxy:+.2f}, gold {gold:+.2f} [")
+    assert ("games its reward" in criterion.note) is not passed
+
+
+def test_gold_that_was_asked_for_must_be_measured_and_else_is_no_criterion() -> None:
+    decision = decide(CONFIG, gained(0.4, None))
+    assert decision.decision == "hold"
+    assert failed(decision) == {"gold reward follows the proxy": "not measured: all replies have the same score"}
+    assert "gold reward follows the proxy" not in {c.name for c in decide(CONFIG, GOOD).criteria}
 
 
 def test_the_reason_of_a_missing_measurement_is_told() -> None:
