@@ -42,7 +42,7 @@ class StyleChange(Record):
 
 
 class Gained(Record):
-    """What RL gained in the reward that it climbed and in gold reward, in standard deviations of its start's replies."""
+    """What RL gained in the reward that it climbed and in gold reward, in standard deviations of its start's."""
 
     proxy: Estimate
     gold: Estimate
