@@ -183,7 +183,8 @@ class RewardConfig(Section):
     )
     server: str | None = Field(
         None, exclude=True,  # who computes is no part of what is computed, nor of a stage's identity
-        description="address of a scoring server that selection and RL ask instead of loading the models",
+        description="address of a `flywheel score` that selection, RL and evaluation ask instead of loading models; "
+        "`vllm+http://...`: of a vLLM server with the pointwise model",
     )  # fmt: skip
 
     @model_validator(mode="after")

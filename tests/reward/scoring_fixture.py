@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import pytest
 import torch
 import uvicorn
 from reward_fixture import Letters, asks, tiny_policy
@@ -56,13 +57,27 @@ def reward_artifact(root: Path, name: str = "reward-0123456789ab") -> Path:
     return folder
 
 
+def shared_artifact(factory: pytest.TempPathFactory) -> Path:
+    """One `reward_artifact` for all tests of this run."""
+    root = factory.getbasetemp() / "scoring"
+    if not root.exists():
+        root.mkdir()
+        reward_artifact(root)
+    return next(root.glob("reward-*"))
+
+
 def outputs(folder: Path) -> dict[str, str]:
     """What `artifact.json` says of the files, as the client reads it."""
     return dict(json.loads((folder / "artifact.json").read_text(encoding="utf-8"))["outputs"])
 
 
-def loaded(folder: Path) -> RewardModels:
-    return RewardModels.load(folder, Letters(), threads=1)
+def loaded(folder: Path, precision: torch.dtype | None = None) -> RewardModels:
+    """The models, computing in this precision; by default in what this processor is fast in."""
+    models = RewardModels.load(folder, Letters(), threads=1)
+    for one in (models.pointwise, models.pairwise, models.gold):
+        if one is not None:
+            one.net.precision = precision
+    return models
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from reward_fixture import asks
-from scoring_fixture import loaded, outputs, reward_artifact
+from scoring_fixture import loaded, outputs, shared_artifact
 
 from characterflywheel import generation, score_commands
 from characterflywheel.errors import FlywheelError
@@ -24,7 +24,7 @@ from characterflywheel.workspace import Workspace, init
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_artifact(tmp_path_factory.mktemp("models"))
+    return shared_artifact(tmp_path_factory)
 
 
 @pytest.fixture

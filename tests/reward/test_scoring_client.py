@@ -22,7 +22,7 @@ from characterflywheel.reward.wire import Card, Limits, PreferAnswer, PreferRequ
 
 CARD = Card(
     artifact="reward-0123456789ab", content="c0ffee", generation=1, mean=0.0, deviation=1.0, signals=("love",),
-    weights={"love": 0.1}, gold=True, limits=Limits(max_replies=4),
+    weights={"love": 0.1}, gold=True, precision="float32", limits=Limits(max_replies=4),
 )  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reward_fixture import asks
-from scoring_fixture import PROMPTS, REPLIES, card, loaded, outputs, reward_artifact, served
+from scoring_fixture import PROMPTS, REPLIES, card, loaded, outputs, served, shared_artifact
 
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import ChatMessage, Scored
@@ -24,18 +25,19 @@ from characterflywheel.reward.server import card_of, serve
 from characterflywheel.reward.wire import Limits, ScoreRequest, content_of
 from characterflywheel.safety.policy import SafetyPolicy
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-6  # float32
+ROUNDING = 0.02  # bfloat16 has 8 bits
 SAFETY = SafetyPolicy(classifiers=(lambda text, context: ("harm",) if "rain" in text else (),))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_artifact(tmp_path_factory.mktemp("scoring"))
+    return shared_artifact(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def models(folder: Path) -> RewardModels:
-    return loaded(folder)
+    return loaded(folder, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_the_model_says_what_it_is(address: str, folder: Path, models: RewardMod
     assert (told.artifact, told.generation, told.gold) == (folder.name, 3, True)
     assert (told.mean, told.deviation) == models.pointwise.scale
     assert (told.signals, told.weights) == (("thumb_up",), {"thumb_up": 0.25})
-    assert told.content == content_of(outputs(folder))
+    assert (told.content, told.precision) == (content_of(outputs(folder)), "float32")
     assert httpx2.get(f"{address}/healthz").json() == httpx2.get(f"{address}/readyz").json() == {"status": "ok"}
 
 
@@ -115,6 +117,8 @@ class Slow:
     def __init__(self, models: RewardModels) -> None:
         self.models, self.go, self.calls = models, threading.Event(), list[tuple[int, int]]()
         self.gold, self.pairwise, self.pointwise = models.gold, models.pairwise, self
+        self.signals, self.weights = models.signals, models.weights
+        self.scale, self.net = models.pointwise.scale, models.pointwise.net
 
     def score(self, prompts, replies):  # type: ignore[no-untyped-def]
         self.go.wait(10)
@@ -136,8 +140,10 @@ def requests() -> list[ScoreRequest]:
     ]
 
 
-def test_requests_that_wait_are_joined_and_score_the_same(models: RewardModels):
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, TOLERANCE), (torch.bfloat16, ROUNDING)])
+def test_requests_that_wait_are_joined_and_score_the_same(folder: Path, precision: torch.dtype, tolerance: float):
     """What is computed together may be added up in another order; the scores differ by less than the tolerance."""
+    models = loaded(folder, precision)
     slow = Slow(models)
     worker = Worker(slow, "m", Limits())
     first = worker.put(requests()[0])
@@ -151,7 +157,7 @@ def test_requests_that_wait_are_joined_and_score_the_same(models: RewardModels):
     assert slow.calls == [(1, 2), (2, 8)], "each prompt once, with each of its replies once"
     for request, scores in zip(requests(), told, strict=True):
         alone = models.pointwise.score(request.prompts, request.replies)
-        assert np.abs(np.array(scores) - np.array(alone)).max() < TOLERANCE
+        assert np.abs(np.array(scores) - np.array(alone)).max() < tolerance
 
 
 @given(
@@ -224,8 +230,6 @@ def test_a_full_queue_says_when_to_come_back_and_a_stopped_one_says_so(models: R
 
 def test_busy_over_http_is_429_with_retry_after(models: RewardModels, folder: Path):
     slow = Slow(models)
-    slow.signals, slow.weights = models.signals, models.weights  # type: ignore[attr-defined]
-    slow.scale = models.pointwise.scale  # type: ignore[attr-defined]
     body = {"prompts": [said(PROMPTS[0])], "replies": [["tea"]], "by": "pointwise"}
     with served(slow, folder, limits=Limits(max_waiting=1)) as address, ThreadPoolExecutor(8) as pool:  # type: ignore[arg-type]
         several = [pool.submit(post, address, "/v1/score", **body) for _ in range(8)]
@@ -299,7 +303,6 @@ def test_a_score_that_is_not_finite_is_an_error_and_no_number(models: RewardMode
             return [[float("nan") for _ in several] for several in replies]
 
     mad = Mad(models)
-    mad.signals, mad.weights, mad.scale = models.signals, models.weights, models.pointwise.scale  # type: ignore[attr-defined]
     with served(mad, folder) as address:  # type: ignore[arg-type]
         answer = post(address, "/v1/score", prompts=[said(PROMPTS[0])], replies=[["tea"]], by="pointwise")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "score_not_finite")
@@ -322,7 +325,6 @@ def test_without_a_gold_model_nobody_can_ask_it(models: RewardModels, folder: Pa
 
 def test_running_requests_are_answered_before_the_server_ends(models: RewardModels, folder: Path):
     slow = Slow(models)
-    slow.signals, slow.weights, slow.scale = models.signals, models.weights, models.pointwise.scale  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as pool:
         with served(slow, folder) as address:  # type: ignore[arg-type]
             body = {"prompts": [said(PROMPTS[0])], "replies": [["tea"]], "by": "pointwise"}

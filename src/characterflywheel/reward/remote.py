@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import httpx2
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import FlywheelError
 from ..progress import Advance
@@ -28,7 +28,7 @@ PATIENCE_S = 60.0
 TIMEOUT_S = 600.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _FINAL = frozenset({"score_not_finite"})
-A = TypeVar("A", bound=Record)
+A = TypeVar("A", bound=BaseModel)
 
 
 class Connection:
@@ -36,10 +36,10 @@ class Connection:
 
     def __init__(
         self, address: str, model: str | None = None, *, key: str | None = None, patience_s: float = PATIENCE_S,
-        timeout_s: float = TIMEOUT_S, clock: Callable[[], float] = time.monotonic,
+        timeout_s: float = TIMEOUT_S, start: str = "flywheel score DIR", clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        """`key` is taken from the environment where absent.
+        """`key` is taken from the environment where absent; `start` is the command that an error recommends.
 
         Raises:
             FlywheelError: `address` is no http address, or the key cannot be sent.
@@ -50,7 +50,7 @@ class Connection:
         if not (key.isascii() and key.isprintable()):
             raise FlywheelError(f"the key in {KEY_VARIABLE} has characters that cannot be sent: set it again.")
         self.address, self.model = address.rstrip("/"), model
-        self._patience_s, self._clock, self._sleep = patience_s, clock, sleep
+        self._patience_s, self._start, self._clock, self._sleep = patience_s, start, clock, sleep
         self._http = httpx2.Client(
             base_url=self.address, timeout=httpx2.Timeout(timeout_s, connect=5.0), follow_redirects=False,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -68,9 +68,9 @@ class Connection:
         """
         return self._read(self._tried("POST", path, request.model_dump_json().encode()), answer)
 
-    def card(self) -> Card:
-        """Which models the server has."""
-        return self._read(self._tried("GET", "/v1/model", None), Card)
+    def get(self, path: str, answer: type[A]) -> A:
+        """Read what is at an address."""
+        return self._read(self._tried("GET", path, None), answer)
 
     def check(self, served: str) -> None:
         """Raises FlywheelError where other models answered than are wanted."""
@@ -96,7 +96,7 @@ class Connection:
             if (waited := self._clock() - began) + pause > self._patience_s:
                 raise FlywheelError(
                     f"the scoring server {self.address} did not answer in {attempt + 1} tries over {waited:.0f} s "
-                    f"({said}): start it with `flywheel score DIR`, or leave reward.server out."
+                    f"({said}): start it with `{self._start}`, or leave reward.server out."
                 )
             self._sleep(pause)
         raise AssertionError("counting has no end")
@@ -226,7 +226,7 @@ def connect(
     wanted = model_id(artifact, content) if artifact is not None and content is not None else None
     connection = Connection(address, wanted, key=key, patience_s=patience_s)
     try:
-        card = connection.card()
+        card = connection.get("/v1/model", Card)
         connection.check(card.id)
     except FlywheelError:
         connection.close()

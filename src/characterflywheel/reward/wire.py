@@ -94,6 +94,7 @@ class Card(Record):
     signals: tuple[SignalKind, ...] = Field(description="reliable on unseen users")
     weights: dict[SignalKind, float] = Field(description="that count in the composite, beside preference 1.0")
     gold: bool
+    precision: str = Field(description="of products, float32 or bfloat16: joined requests are as exact as that")
     limits: Limits
 
     @property
