@@ -218,11 +218,11 @@ def test_steps_are_pooled_evenly(steps: set[int], points: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-def climbing(seed: int) -> tuple[list[rollouts.Group], rollouts.Start]:
+def climbing(seed: int) -> tuple[list[rollouts.Group], rollouts.Scores]:
     """Each step gains 0.3 of proxy on its own five prompts, whose level differs by far more; gold gains nothing."""
     rng = np.random.default_rng(seed)
     level = 10 * rng.normal(size=40)
-    start = rollouts.Start(level[:, None] + rng.normal(size=(40, 6)), 2 * rng.normal(size=(40, 6)))
+    start = rollouts.Scores(level[:, None] + rng.normal(size=(40, 6)), 2 * rng.normal(size=(40, 6)))
     groups = [
         rollouts.Group(
             step, prompt, kl=np.full(6, 0.1 * step), kl_plain=rng.normal(0.1 * step, 1, 6),

@@ -37,8 +37,8 @@ class Group(NamedTuple):
     gold: Numbers | None
 
 
-class Start(NamedTuple):
-    """Scores of the start's own replies, (prompts, replies)."""
+class Scores(NamedTuple):
+    """Of as many replies to each prompt, (prompts, replies)."""
 
     proxy: Numbers
     gold: Numbers | None
@@ -50,7 +50,7 @@ def pooled(steps: Sequence[int], points: int) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in np.array_split(known, min(points, len(known)))]
 
 
-def measure(groups: Sequence[Group], start: Start, points: int, weights: Numbers) -> tuple[list[At], Measured]:
+def measure(groups: Sequence[Group], start: Scores, points: int, weights: Numbers) -> tuple[list[At], Measured]:
     """A point for each run of steps: mean divergence, and rewards against the start's on the same prompts.
 
     The start is 0 and the unit its standard deviation between replies to one prompt. `weights` (rows, prompts): see

@@ -6,17 +6,17 @@ with. Nothing here drives anything, so that the gold model stays gold.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from ... import tables
 from ...config import OveroptimisationConfig, RLConfig
-from ...ids import derive_id, derive_seed
+from ...ids import derive_seed
 from ...ledger import OptimisationCurve
 from ...llm.base import Sampling
 from ...llm.native import NativeModel
@@ -24,13 +24,14 @@ from ...llm.shared_prefix import reply_logprobs
 from ...pipeline import Work, write_atomically
 from ...progress import Advance
 from ...records import Candidate, ChatMessage, Prompt, Record, Rollout
+from .. import network
 from . import best_of_n
 from .bootstrap import NO_GOLD, At, Numbers, resampled
 from .curve import curve, nothing, said
-from .rollouts import Divergence, Group, Start, divergence, measure
+from .rollouts import Divergence, Group, Scores, divergence, measure
 
 TOKENS_AT_ONCE = 1536
-PARTS = 5
+PARTS = 4
 
 
 class Scorer(Protocol):
@@ -65,6 +66,22 @@ class ScoredReply(Record):
     kl_plain: float | None = None
 
 
+class Judges(NamedTuple):
+    """Proxy and gold, and the prompts by id that they are asked about."""
+
+    asked: Mapping[str, tuple[ChatMessage, ...]]
+    proxy: Scorer
+    gold: Scorer | None
+
+    def score(self, names: Sequence[str], texts: Sequence[Sequence[str]]) -> Scores:
+        """Both scores, (prompts, replies), of as many replies to each prompt."""
+        prompts = [self.asked[name] for name in names]
+        return Scores(np.array(self.proxy.score(prompts, texts)), self.only_gold(names, texts))
+
+    def only_gold(self, names: Sequence[str], texts: Sequence[Sequence[str]]) -> Numbers | None:
+        return None if self.gold is None else np.array(self.gold.score([self.asked[name] for name in names], texts))
+
+
 def measure_overoptimisation(
     work: Work, config: OveroptimisationConfig, rl: RLConfig, prompts: Sequence[Prompt],
     candidates: Sequence[Candidate], rollouts: Sequence[Rollout], start: Path, proxy: Scorer, gold: Scorer | None, *,
@@ -75,107 +92,89 @@ def measure_overoptimisation(
     `candidates` are rejection sampling's, `start` is the folder that RL began from, `rl` how it sampled. Without a
     gold model the proxy's curves stand alone and say so.
     """
-    asked = {p.id: p.messages for p in prompts}
-    rows: list[ScoredReply] = []
-    selection = _best_of_n(config, asked, candidates, proxy, gold, work.seed, rows)
+    judges = Judges({p.id: p.messages for p in prompts}, proxy, gold)
+    selection, rows = _best_of_n(config, judges, candidates, work.seed)
     on_progress(1, PARTS)
-    groups = _spread([r for r in rollouts if r.prompt_id in asked], config.rl_prompts)
-    names = sorted({several[0].prompt_id for several in groups})
+    groups = _spread([r for r in rollouts if r.prompt_id in judges.asked], config.rl_prompts)
     model = NativeModel.load(
         start, "start", device=device, max_prompt_tokens=rl.max_prompt_tokens, threads=threads,
         batch_replies=batch_replies,
     )  # fmt: skip
-    own = work.resumed("start", Candidate, lambda: _answers(model, rl, asked, names, config.start_replies, work.seed))
+    names = sorted({group[0].prompt_id for group in groups})
+    own = work.resumed("start", Candidate, lambda: _answers(model, rl, judges, names, config.start_replies, work.seed))
     on_progress(2, PARTS)
-    moved = _divergences(model, rl.temperature, asked, groups, device)
+    moved = _divergences(model, rl.temperature, judges, groups, device)
     on_progress(3, PARTS)
-    policy = _rl(config, asked, groups, moved, own, proxy, gold, work.seed, rows)
+    policy, more = _rl(config, judges, groups, moved, own, work.seed)
     on_progress(PARTS, PARTS)
     summary = OveroptimisationSummary(best_of_n=selection, rl=policy)
-    tables.write(work.folder / "scores.parquet", ScoredReply, rows)
+    tables.write(work.folder / "scores.parquet", ScoredReply, rows + more)
     write_atomically(work.folder / "curves.json", summary.model_dump_json(indent=1) + "\n")
     return summary
 
 
-Asked = dict[str, tuple[ChatMessage, ...]]
+Read = tuple[OptimisationCurve, list[ScoredReply]]
 
 
-def _best_of_n(
-    config: OveroptimisationConfig, asked: Asked, candidates: Sequence[Candidate], proxy: Scorer,
-    gold: Scorer | None, seed: int, rows: list[ScoredReply],
-) -> OptimisationCurve:  # fmt: skip
+def _best_of_n(config: OveroptimisationConfig, judges: Judges, candidates: Sequence[Candidate], seed: int) -> Read:
     """Of the prompts with the usual number of candidates; those with another, if any, are left out."""
-    by_prompt: dict[str, list[str]] = {}
-    for candidate in sorted(candidates, key=lambda c: (c.prompt_id, c.id)):
-        if candidate.prompt_id in asked:
-            by_prompt.setdefault(candidate.prompt_id, []).append(candidate.text)
-    sizes = Counter(len(texts) for texts in by_prompt.values())
+    texts = _by_prompt([c for c in candidates if c.prompt_id in judges.asked])
+    sizes = Counter(map(len, texts.values()))
     count = max(sizes, key=lambda size: (sizes[size], size), default=0)
-    names = [name for name, texts in by_prompt.items() if len(texts) == count]
+    names = [name for name, several in texts.items() if len(several) == count]
     if count < 2:
-        return nothing("best_of_n", f"{len(candidates)} candidates, two to a prompt are needed")
-    mine = _scores(proxy, asked, names, by_prompt)
-    theirs = None if gold is None else _scores(gold, asked, names, by_prompt)
-    for i, name in enumerate(names):
-        rows += [
-            ScoredReply(way="best_of_n", prompt_id=name, proxy=mine[i, j], gold=_at(theirs, i, j)) for j in range(count)
-        ]
+        return nothing("best_of_n", f"{len(candidates)} candidates, two to a prompt are needed"), []
+    scores = judges.score(names, [texts[name] for name in names])
     weights = resampled(len(names), config.draws, derive_seed(seed, "best_of_n"))
-    measured = best_of_n.measure(mine, theirs, weights)
-    where = [At(len(names), n=n + 1) for n in range(count)]
-    return curve(
-        "best_of_n", where, measured, prompts=len(names), replies=mine.size, ties=best_of_n.ties(mine)
+    found = curve(
+        "best_of_n", [At(len(names), n=n + 1) for n in range(count)], best_of_n.measure(*scores, weights),
+        prompts=len(names), replies=scores.proxy.size, ties=best_of_n.ties(scores.proxy),
     )  # fmt: skip
+    return found, _rows("best_of_n", names, scores)
 
 
 def _rl(
-    config: OveroptimisationConfig, asked: Asked, groups: Sequence[Sequence[Rollout]],
-    moved: Sequence[Sequence[Divergence]], own: Sequence[Candidate], proxy: Scorer, gold: Scorer | None, seed: int,
-    rows: list[ScoredReply],
-) -> OptimisationCurve:  # fmt: skip
+    config: OveroptimisationConfig, judges: Judges, groups: Sequence[Sequence[Rollout]],
+    moved: Sequence[Sequence[Divergence]], own: Sequence[Candidate], seed: int,
+) -> Read:  # fmt: skip
+    """Every rollout against its start's own replies to the same prompt."""
     if not groups:
-        return nothing("rl", "no rollout is left")
-    texts: dict[str, list[str]] = {}
-    for candidate in own:
-        texts.setdefault(candidate.prompt_id, []).append(candidate.text)
-    names = sorted(texts)
-    start = Start(
-        _scores(proxy, asked, names, texts), None if gold is None else _scores(gold, asked, names, texts)
-    )  # fmt: skip
-    place, read = {name: i for i, name in enumerate(names)}, []
-    said_to = [asked[g[0].prompt_id] for g in groups]
-    judged = None if gold is None else gold.score(said_to, [[r.text for r in g] for g in groups])
-    for i, (several, far) in enumerate(zip(groups, moved, strict=True)):
-        golden = None if judged is None else np.array(judged[i])
-        read.append(
-            Group(
-                several[0].step, place[several[0].prompt_id], np.array([d.low_variance for d in far]),
-                np.array([d.plain for d in far]), np.array([r.score for r in several]), golden,
-            )
-        )  # fmt: skip
+        return nothing("rl", "no rollout is left"), []
+    texts = _by_prompt(own)
+    names = list(texts)
+    start = judges.score(names, list(texts.values()))
+    gold = judges.only_gold([group[0].prompt_id for group in groups], [[r.text for r in g] for g in groups])
+    read: list[Group] = []
+    rows = _rows("start", names, start)
+    for i, (group, far) in enumerate(zip(groups, moved, strict=True)):
+        first, mine = group[0], None if gold is None else gold[i]
+        kl, kl_plain = np.array([d.low_variance for d in far]), np.array([d.plain for d in far])
+        scores = np.array([r.score for r in group])
+        read.append(Group(first.step, names.index(first.prompt_id), kl, kl_plain, scores, mine))
         rows += [
-            ScoredReply(way="rl", prompt_id=r.prompt_id, step=r.step, proxy=r.score, kl=d.low_variance,
-                        kl_plain=d.plain, gold=None if golden is None else golden[j])
-            for j, (r, d) in enumerate(zip(several, far, strict=True))
+            ScoredReply(way="rl", prompt_id=r.prompt_id, step=r.step, proxy=r.score, kl=kl[j], kl_plain=kl_plain[j],
+                        gold=None if mine is None else mine[j])
+            for j, r in enumerate(group)
         ]  # fmt: skip
-    for i, name in enumerate(names):
-        rows += [
-            ScoredReply(way="start", prompt_id=name, proxy=value, gold=_at(start.gold, i, j))
-            for j, value in enumerate(start.proxy[i])
-        ]
-    where, measured = measure(
-        read, start, config.rl_points, resampled(len(names), config.draws, derive_seed(seed, "rl"))
-    )
-    return curve("rl", where, measured, prompts=len(names), replies=sum(map(len, groups)))
+    weights = resampled(len(names), config.draws, derive_seed(seed, "rl"))
+    where, measured = measure(read, start, config.rl_points, weights)
+    return curve("rl", where, measured, prompts=len(names), replies=sum(map(len, groups))), rows
 
 
-def _scores(scorer: Scorer, asked: Asked, names: Sequence[str], texts: dict[str, list[str]]) -> Numbers:
-    """(prompts, replies), as many replies to each."""
-    return np.array(scorer.score([asked[name] for name in names], [texts[name] for name in names]))
+def _by_prompt(candidates: Sequence[Candidate]) -> dict[str, list[str]]:
+    """Texts by prompt, both in the order of their ids."""
+    found: dict[str, list[str]] = {}
+    for candidate in sorted(candidates, key=lambda c: (c.prompt_id, c.id)):
+        found.setdefault(candidate.prompt_id, []).append(candidate.text)
+    return found
 
 
-def _at(scores: Numbers | None, i: int, j: int) -> float | None:
-    return None if scores is None else float(scores[i, j])
+def _rows(way: Literal["best_of_n", "start"], names: Sequence[str], scores: Scores) -> list[ScoredReply]:
+    return [
+        ScoredReply(way=way, prompt_id=name, proxy=value, gold=None if scores.gold is None else scores.gold[i, j])
+        for i, name in enumerate(names)
+        for j, value in enumerate(scores.proxy[i])
+    ]
 
 
 def _spread(rollouts: Sequence[Rollout], most: int) -> list[list[Rollout]]:
@@ -187,36 +186,30 @@ def _spread(rollouts: Sequence[Rollout], most: int) -> list[list[Rollout]]:
 
 
 def _answers(
-    model: NativeModel, rl: RLConfig, asked: Asked, names: Sequence[str], n: int, seed: int
+    model: NativeModel, rl: RLConfig, judges: Judges, names: Sequence[str], n: int, seed: int
 ) -> Iterator[Candidate]:
     """The start's own replies to RL's prompts, drawn as RL draws."""
     sampling = Sampling(temperature=rl.temperature, max_tokens=rl.max_tokens)
     seeds = [derive_seed(seed, "start", name) for name in names]
-    replies = model.complete([asked[name] for name in names], n=n, sampling=sampling, seeds=seeds)
+    replies = model.complete([judges.asked[name] for name in names], n=n, sampling=sampling, seeds=seeds)
     for name, several in zip(names, replies, strict=True):
         for number, reply in enumerate(several):
             yield Candidate(
-                id=derive_id(seed, name, number), prompt_id=name, policy="start", text=reply.text,
+                id=f"{name}-{number:03}", prompt_id=name, policy="start", text=reply.text,
                 finish_reason=reply.finish_reason,
             )  # fmt: skip
 
 
 def _divergences(
-    model: NativeModel, temperature: float, asked: Asked, groups: Sequence[Sequence[Rollout]], device: str
+    model: NativeModel, temperature: float, judges: Judges, groups: Sequence[Sequence[Rollout]], device: str
 ) -> list[list[Divergence]]:
     """How much likelier each rollout is under the policy that drew it; each prompt is read once for its replies."""
-    paths = [[(*model.format.prompt(asked[g[0].prompt_id]), r.token_ids) for r in g] for g in groups]
+    paths = [[(*model.format.prompt(judges.asked[g[0].prompt_id]), r.token_ids) for r in g] for g in groups]
+    sizes = [sum(map(len, {segment for path in several for segment in path})) for several in paths]
     found: list[list[Divergence]] = []
-    at = 0
-    while at < len(groups):
-        end, tokens = at, 0
-        while end < len(groups) and (end == at or tokens <= TOKENS_AT_ONCE):
-            tokens += sum(len(s) for s in {segment for path in paths[end] for segment in path})
-            end += 1
+    for batch in network.in_batches(sizes, TOKENS_AT_ONCE):
+        flat = [path for i in batch for path in paths[i]]
         with torch.inference_mode():
-            flat = [path for several in paths[at:end] for path in several]
             start = iter(reply_logprobs(model.model, flat, temperature=temperature, device=device).logprobs.tolist())
-        for several in groups[at:end]:
-            found.append([divergence(r.logprobs, [next(start) for _ in r.logprobs]) for r in several])
-        at = end
+        found += [[divergence(r.logprobs, [next(start) for _ in r.logprobs]) for r in groups[i]] for i in batch]
     return found
