@@ -105,6 +105,10 @@ def _shares_prefixes(model: Any, longest: int) -> bool:
 
 
 def _check(model: Any, paths: Sequence[Path], read: Sequence[Sequence[int]]) -> None:
+    if not paths:
+        raise FlywheelError("there are no paths to read: give at least one.")
+    if len({len(at) for at in read}) != 1:
+        raise FlywheelError("different numbers of places are to be read: give as many places on each path.")
     most = window(model)
     for path, at in zip(paths, read, strict=True):
         length = _length(path)

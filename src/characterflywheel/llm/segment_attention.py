@@ -57,7 +57,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, among: Sequence[Group]) -> Tensor:
     out = []
     for group in among:
         queries = q[group.start : group.stop].view(group.size, -1, *q.shape[1:]).transpose(1, 2)
-        keys, values = (t[group.keys].transpose(1, 2) for t in (k, v))
+        keys, values = (
+            t.index_select(0, group.keys.flatten()).view(*group.keys.shape, *t.shape[1:]).transpose(1, 2)
+            for t in (k, v)
+        )
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=group.mask, is_causal=group.causal, enable_gqa=q.shape[1] != k.shape[1]
         )
