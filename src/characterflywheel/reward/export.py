@@ -39,9 +39,9 @@ class Settings(Record):
 
 
 def save_pointwise(model: Pointwise, folder: Path) -> None:
-    """Write the model's folder. Raises FlywheelError if no token can serve for padding (see `pad_token`)."""
+    """Write the model's folder. Its tokenizer pads as others need it from then on (see `pad_token`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, tokenizer = deepcopy(model.net.model.config), deepcopy(model.form.tokenizer)
+    config, tokenizer = deepcopy(model.net.model.config), model.form.tokenizer
     state, head = _stored(model.net.model.state_dict()), _stored({"score.weight": model.net.head.weight})
     classifier = _classifier(config)
     if classifier is None:

@@ -37,11 +37,12 @@ class Pairwise:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, config: RewardConfig, *, seed: int = 0, threads: int = 2, device: str = "cpu"
-    ) -> "Pairwise":
-        """An untrained one on a backbone's folder; it has no opinion yet (0.5)."""
+        cls, folder: Path, config: RewardConfig, *, form: format.Form | None = None, seed: int = 0, threads: int = 2,
+        device: str = "cpu",
+    ) -> "Pairwise":  # fmt: skip
+        """An untrained one on a backbone's folder, read by `form`; it has no opinion yet (0.5)."""
         net = network.from_folder(folder, config.layers, 2, lora_rank=config.lora_rank, seed=seed)
-        form = format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
+        form = form or format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
         return cls(net.to(device), form, threads=threads)
 
     def prefers(

@@ -48,11 +48,12 @@ class Pointwise:
 
     @classmethod
     def from_folder(
-        cls, folder: Path, config: RewardConfig, *, seed: int = 0, threads: int = 2, device: str = "cpu"
-    ) -> "Pointwise":
-        """An untrained one on a backbone's folder; it has no opinion yet (scores 0)."""
+        cls, folder: Path, config: RewardConfig, *, form: format.Form | None = None, seed: int = 0, threads: int = 2,
+        device: str = "cpu",
+    ) -> "Pointwise":  # fmt: skip
+        """An untrained one on a backbone's folder, read by `form`; it has no opinion yet (scores 0)."""
         net = network.from_folder(folder, config.layers, 1, lora_rank=config.lora_rank, seed=seed)
-        form = format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
+        form = form or format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
         return cls(net.to(device), form, threads=threads)
 
     def score(self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]) -> list[list[float]]:
