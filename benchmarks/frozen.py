@@ -22,12 +22,11 @@ from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.records import ChatMessage
 
 Floats = NDArray[np.float32]
-LAYERS = (3, 6, 9, 12, 15, 18, 21, 24, 27, 30)
 PENALTIES = (1e-4, 1e-3, 1e-2)  # sklearn's C for unit-variance features
 
 
 class Reads(NamedTuple):
-    """Of R replies. `last`, `mean`: states at the end token and averaged over the reply, (R, len(LAYERS), width);
+    """Of R replies. `last`, `mean`: states at the end token and averaged over the reply, (R, len(depths), width);
     `logprob`: mean log-probability of a token of the reply, its end included; `total`: their sum. Both (R,)."""
 
     last: Floats
@@ -36,33 +35,47 @@ class Reads(NamedTuple):
     total: Floats
 
 
-def read(model: Any, form: ChatFormat, prompt: Sequence[ChatMessage], replies: Sequence[str], most: int) -> Reads:
-    """One pass of a `LlamaForCausalLM` over a prompt with its replies, which are cut after `most` tokens."""
-    head = tuple(segment for segment in form.prompt(prompt) if segment)
-    paths = [(*head, cut(form.reply(text), most)) for text in replies]
+def read(
+    model: Any, form: ChatFormat, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]], most: int
+) -> Reads:
+    """One pass of a `LlamaForCausalLM` over prompts with their replies, in order; these are cut after `most` tokens."""
+    paths = []
+    for prompt, texts in zip(prompts, replies, strict=True):
+        head = tuple(segment for segment in form.prompt(prompt) if segment)
+        paths += [(*head, cut(form.reply(text), most)) for text in texts]
     ends = [sum(map(len, path)) for path in paths]
     return spans(model, paths, [(end - len(path[-1]), end) for path, end in zip(paths, ends, strict=True)])
+
+
+def join(parts: Sequence[Reads]) -> Reads:
+    """One after the other."""
+    return Reads(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def depths(layers: int) -> tuple[int, ...]:
+    """After how many of a model's layers its states are read: ten places, the last one after the final norm."""
+    return tuple(sorted({round(layers * tenth / 10) for tenth in range(1, 11)} - {0}))
 
 
 def spans(model: Any, paths: Sequence[shared_prefix.Path], places: Sequence[tuple[int, int]]) -> Reads:
     """One pass over all paths; of each, the tokens from the first of its `places` up to the second are read."""
     forest = shared_prefix.plant(paths)
     streams: dict[int, Tensor] = {}
-    backbone = model.model
+    backbone, places_read = model.model, depths(len(model.model.layers))
     bf16 = torch.cpu._is_avx512_bf16_supported()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), ExitStack() as hooks:
-        for number in LAYERS[:-1]:
+        for number in places_read[:-1]:
             keep = lambda _, x, n=number: streams.__setitem__(n, x[0].float())  # noqa: E731
             hooks.callback(backbone.layers[number].input_layernorm.register_forward_pre_hook(keep).remove)
         final = shared_prefix.hidden_states(backbone, forest)
-        streams[LAYERS[-1]] = final.float()
+        streams[places_read[-1]] = final.float()
         rows = [mine[start:stop] for mine, (start, stop) in zip(forest.rows, places, strict=True)]
         before = torch.cat(
             [mine[start - 1 : stop - 1] for mine, (start, stop) in zip(forest.rows, places, strict=True)]
         )
         logs = torch.log_softmax(model.lm_head(final[before]).float(), dim=-1)
         each = logs.gather(1, forest.ids[torch.cat(rows)].unsqueeze(1)).squeeze(1).split([len(mine) for mine in rows])
-    deep = torch.stack([streams[n] for n in LAYERS], dim=1)
+    deep = torch.stack([streams[n] for n in places_read], dim=1)
     return Reads(
         torch.stack([deep[mine[-1]] for mine in rows]).numpy(),
         torch.stack([deep[mine].mean(0) for mine in rows]).numpy(),
@@ -86,12 +99,14 @@ def save(path: Path, reads: Reads) -> None:
 
 def load(paths: Sequence[Path]) -> Reads:
     """The reads of several files, one after the other."""
-    parts = [np.load(path) for path in paths]
-    return Reads(*(np.concatenate([p[name] for p in parts]).astype(np.float32) for name in Reads._fields))
+    return join([Reads(*(np.load(path)[name].astype(np.float32) for name in Reads._fields)) for path in paths])
 
 
 class Head(NamedTuple):
-    """A linear Bradley-Terry head: its weights, and the pooling, layer and penalty chosen inside its training part."""
+    """A linear Bradley-Terry head: its weights, and the pooling, depth and penalty chosen inside its training part.
+
+    The depth counts tenths of the backbone's layers (its place in `depths`).
+    """
 
     choice: tuple[str, int, float]
     weights: NDArray[np.float64]
@@ -109,21 +124,19 @@ class Pairs(NamedTuple):
         return Pairs(*(column[rows] for column in self))
 
 
-def view(reads: Reads, pooling: str, layer: int) -> Floats:
+def view(reads: Reads, pooling: str, depth: int) -> Floats:
     """(replies, width) states."""
-    states: Floats = getattr(reads, pooling)[:, LAYERS.index(layer)]
+    states: Floats = getattr(reads, pooling)[:, depth]
     return states
 
 
-def fit_head(
-    reads: Reads, pairs: Pairs, layers: Sequence[int] = LAYERS, penalties: Sequence[float] = PENALTIES, folds: int = 3
-) -> Head:
+def fit_head(reads: Reads, pairs: Pairs, penalties: Sequence[float] = PENALTIES, folds: int = 3) -> Head:
     """The head with the least cross-validated log loss over `folds` parts of the pairs that share no group."""
     parts = list(GroupKFold(folds).split(pairs.first, groups=pairs.group))
     best: tuple[float, tuple[str, int, float]] | None = None
     for pooling in ("last", "mean"):
-        for layer in layers:
-            x = view(reads, pooling, layer)
+        for depth in range(reads.last.shape[1]):
+            x = view(reads, pooling, depth)
             for penalty in penalties:
                 loss = 0.0
                 for inside, outside in parts:
@@ -131,7 +144,7 @@ def fit_head(
                     margin = (x[other.first] - x[other.second]) @ _weights(x, pairs.at(inside), penalty)
                     loss += float((np.logaddexp(0, margin) - other.label * margin).sum())
                 if best is None or loss < best[0]:
-                    best = loss, (pooling, layer, penalty)
+                    best = loss, (pooling, depth, penalty)
     assert best is not None
     choice = best[1]
     return Head(choice, _weights(view(reads, choice[0], choice[1]), pairs, choice[2]))
@@ -142,9 +155,9 @@ def scores(reads: Reads, head: Head) -> NDArray[np.float64]:
     return np.asarray(view(reads, head.choice[0], head.choice[1]) @ head.weights, dtype=np.float64)
 
 
-def random_scores(reads: Reads, layer: int, seed: int) -> NDArray[np.float64]:
+def random_scores(reads: Reads, depth: int, seed: int) -> NDArray[np.float64]:
     """Scores of a head that nobody trained: random weights on the states of the end token, each of unit variance."""
-    x = view(reads, "last", layer)
+    x = view(reads, "last", depth)
     return np.asarray((x / (x.std(0) + 1e-6)) @ np.random.default_rng(seed).standard_normal(x.shape[1]))
 
 

@@ -19,6 +19,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,26 +36,24 @@ import record
 from characterflywheel import intervals
 from characterflywheel.config import RewardConfig
 from characterflywheel.llm.chat_format import ChatFormat
-from characterflywheel.llm.models import base_model_folder
 from characterflywheel.records import ChatMessage, Estimate, Preference
 from characterflywheel.reward.evaluate import length_match
 
 SETS = {"hh": "pref_hh_harmless", "llmbar": "pref_llmbar"}
-CHUNK, FOLDS = 32, 2
+CHUNK, PAIRS_AT_ONCE, FOLDS = 32, 8, 2
 Margins = NDArray[np.float64]
 
 
 class Model(NamedTuple):
-    """A network of ours: its kind, what it starts from (the base model if None), layers kept."""
+    """A network of ours: its kind, and what it starts from (the base model if None)."""
 
     kind: str
-    backbone: str | None
-    layers: int
+    backbone: str | None = None
 
 
 MODELS = {
-    "pointwise": Model("pointwise", None, 6), "pairwise": Model("pairwise", None, 6),
-    "minilm pointwise": Model("pointwise", judges.ENCODER, 6), "minilm pairwise": Model("pairwise", judges.ENCODER, 6),
+    "pointwise": Model("pointwise"), "pairwise": Model("pairwise"),
+    "minilm pointwise": Model("pointwise", judges.ENCODER), "minilm pairwise": Model("pairwise", judges.ENCODER),
 }  # fmt: skip
 
 
@@ -101,7 +100,7 @@ def load(folder: Path, name: str) -> Data:
 
 def chat_form(args: argparse.Namespace) -> ChatFormat:
     """The base model's tokenizer."""
-    return ChatFormat(AutoTokenizer.from_pretrained(base_model_folder(judges.BASE)), args.max_prompt_tokens)
+    return ChatFormat(AutoTokenizer.from_pretrained(args.base), args.max_prompt_tokens)
 
 
 def halves(pairs: Sequence[Preference], seed: int) -> NDArray[np.int64]:
@@ -118,15 +117,18 @@ def reading(data: Data, name: str, args: argparse.Namespace) -> Iterator[Path]:
         file = args.work / f"read-{name}-{start:05d}.npz"
         if not file.exists():
             if loaded is None:
-                loaded = bench.model(judges.BASE), chat_form(args)
+                loaded = bench.model(str(args.base)), chat_form(args)
             model, form = loaded
+            some = data.pairs[start : start + CHUNK]
+            batches = [some[i : i + PAIRS_AT_ONCE] for i in range(0, len(some), PAIRS_AT_ONCE)]
             reads = [
                 frozen.read(
-                    model, form, p.prompt, (p.chosen[-1].content, p.rejected[-1].content), args.max_reply_tokens
+                    model, form, [p.prompt for p in batch],
+                    [(p.chosen[-1].content, p.rejected[-1].content) for p in batch], args.max_reply_tokens,
                 )
-                for p in data.pairs[start : start + CHUNK]
-            ]
-            frozen.save(file, frozen.Reads(*(np.concatenate(parts) for parts in zip(*reads, strict=True))))
+                for batch in batches
+            ]  # fmt: skip
+            frozen.save(file, frozen.join(reads))
         yield file
 
 
@@ -139,7 +141,7 @@ def trained(data: Data, name: str, model_name: str, seed: int, fold: int, args: 
         outside = [pair for pair, f in zip(data.pairs, side, strict=True) if f == fold]
         model, began = MODELS[model_name], time.perf_counter()
         config = RewardConfig(
-            backbone=model.backbone, layers=model.layers, epochs=args.epochs,
+            backbone=model.backbone or str(args.base), layers=args.layers, epochs=args.epochs,
             max_prompt_tokens=args.max_prompt_tokens, max_reply_tokens=args.max_reply_tokens,
         )  # fmt: skip
         judge = judges.trained(model.kind, inside, config, seed, args.threads, file.with_suffix(".weights"))
@@ -187,16 +189,17 @@ def report(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
     words = [[len(side[-1].content.split()) for side in (p.chosen, p.rejected)] for p in pairs]
     found: dict[str, Any] = {"longer wins": [judged(data, np.array([float(a - b) for a, b in words]), all_of)]}
     files = [args.work / f"read-{name}-{start:05d}.npz" for start in range(0, len(pairs), CHUNK)]
-    if all(file.exists() for file in files):
-        reads = frozen.load(files)
-        found["log-likelihood, per token"] = [
-            judged(data, (reads.logprob[0::2] - reads.logprob[1::2]).astype(float), all_of)
-        ]
-        found["log-likelihood, sum"] = [judged(data, (reads.total[0::2] - reads.total[1::2]).astype(float), all_of)]
+    done = list(takewhile(Path.exists, files))
+    if done:
+        reads = frozen.load(done)
+        part = Data(pairs[: len(reads.last) // 2], data.subsets[: len(reads.last) // 2], data.skipped)
+        seen = np.ones(len(part.pairs), dtype=bool)
+        for title, score in (("per token", reads.logprob), ("sum", reads.total)):
+            found[f"log-likelihood, {title}"] = [judged(part, (score[0::2] - score[1::2]).astype(float), seen)]
         found["frozen, linear head"] = []
         for seed in range(args.seeds):
-            margins, choices = heads(data, reads, seed)
-            found["frozen, linear head"].append(judged(data, margins, all_of) | {"seed": seed, "chosen": choices})
+            margins, choices = heads(part, reads, seed)
+            found["frozen, linear head"].append(judged(part, margins, seen) | {"seed": seed, "chosen": choices})
     for kind in MODELS:
         for seed in range(args.seeds):
             done = [args.work / f"{kind}-{name}-seed{seed}-fold{fold}.json" for fold in range(FOLDS)]
@@ -228,6 +231,8 @@ def main() -> None:
     parser.add_argument("--do", nargs="+", choices=("read", "train", "report"), default=("read", "train", "report"))
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=tuple(SETS))
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=("pointwise", "pairwise"))
+    parser.add_argument("--model", default=judges.BASE, help=f"the base model: {bench.MODELS}")
+    parser.add_argument("--layers", type=int, default=6, help="of it that our networks keep")
     parser.add_argument("--seeds", type=int, default=3, help="how many splits by prompt")
     parser.add_argument("--trained-seeds", type=int, default=1, help="how many of them networks are trained on")
     parser.add_argument("--trained-folds", type=int, default=FOLDS, help="on how many of the two folds they are judged")
@@ -242,7 +247,8 @@ def main() -> None:
         raise SystemExit(
             f"{args.data} holds no {SETS['hh']}.parquet: the data of real people are not in the repository."
         )
-    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "model").mkdir(parents=True, exist_ok=True)
+    args.base = bench.folder(args.model, args.work / "model")
     torch.set_num_threads(args.threads)
     about = record.circumstances(args, bench.VERSIONS)
     sets = {name: load(args.data, name) for name in args.sets}

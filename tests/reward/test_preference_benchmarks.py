@@ -1,0 +1,202 @@
+"""The benchmarks of real people's preferences, of several reviews and of the world: splits, votes, heads, intervals."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from characterflywheel.llm.chat_format import ChatFormat
+from characterflywheel.llm.shared_prefix import reply_logprobs
+from characterflywheel.records import ChatMessage
+from tiny_model import tiny_folder
+
+__all__ = ["tiny_folder"]
+
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Namespace]:
+    """The benchmarks as modules; they find one another as they do when run as scripts."""
+    sys.path.insert(0, BENCHMARKS)
+    try:
+        import frozen  # noqa: PLC0415
+        import multi_review  # noqa: PLC0415
+        import preferences_real  # noqa: PLC0415
+        import satisfaction  # noqa: PLC0415
+
+        yield Namespace(frozen=frozen, several=multi_review, people=preferences_real, satisfaction=satisfaction)
+    finally:
+        sys.path.remove(BENCHMARKS)
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def write_people(folder: Path) -> None:
+    """Twelve harmless pairs of six prompts and three that cannot be used; ten instruction pairs of five prompts."""
+
+    def harmless(i: int, context: str, chosen: list[dict[str, str]], rejected: str) -> dict[str, Any]:
+        texts = [said("user", context)], chosen, [said("assistant", rejected)]
+        return {"id": f"h{i}"} | dict(zip(("context", "chosen", "rejected"), map(json.dumps, texts), strict=True))
+
+    rows = [harmless(i, f"ask {i % 6}", [said("assistant", "no thanks")], "yes " * (i + 1)) for i in range(12)]
+    rows.append(harmless(12, "ask 1", [said("assistant", " ")], "yes"))
+    rows.append(harmless(13, "ask 1", [said("assistant", "the same ")], "the  same"))
+    rows.append(harmless(14, "ask 1", [said("assistant", "a"), said("user", "b"), said("assistant", "c")], "d"))
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "pref_hh_harmless.parquet")
+    graded = [
+        {"id": f"l{i}", "subset": "odd" if i % 2 else "even", "prompt": f"do {i % 5}", "label": "ab"[i % 2],
+         "response_a": "first of them", "response_b": "second one of them"} for i in range(10)
+    ]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(graded), folder / "pref_llmbar.parquet")
+
+
+def test_pairs_of_people_are_read_and_counted(scripts: Namespace, tmp_path: Path) -> None:
+    write_people(tmp_path)
+    harmless, graded = (scripts.people.load(tmp_path, name) for name in ("hh", "llmbar"))
+    assert len(harmless.pairs) == 12
+    assert harmless.skipped == {"empty reply": 1, "equal replies": 1, "several turns differ": 1}
+    assert [pair.chosen[-1].content for pair in graded.pairs[:2]] == ["first of them", "second one of them"]
+    side = scripts.people.halves(harmless.pairs, seed=3)
+    for prompt in {pair.prompt_id for pair in harmless.pairs}:
+        assert len({s for s, pair in zip(side, harmless.pairs, strict=True) if pair.prompt_id == prompt}) == 1
+    assert sorted(set(side)) == [0, 1]
+    margins = np.array([1.0, -1.0, 0.0] * 4)
+    every = scripts.people.judged(harmless, margins, np.ones(12, dtype=bool))["accuracy"]
+    assert every["all"].value == pytest.approx(0.5)
+    assert every["all"].n == 12
+    assert sum(every[kind].n for kind in ("similar", "chosen longer", "chosen shorter")) == 12
+
+
+def test_frozen_reads_agree_with_the_model(scripts: Namespace, tiny_folder: Path) -> None:
+    """Log-likelihood and last state, against `reply_logprobs` and the model's own hidden states."""
+    form = ChatFormat(AutoTokenizer.from_pretrained(tiny_folder), 200)
+    tiny_model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    prompt = (ChatMessage(role="user", content="the sea is cold"),)
+    reads = scripts.frozen.read(tiny_model, form, [prompt, prompt], [("tea", "bread and tea"), ("stars",)], 5)
+    assert scripts.frozen.depths(30) == (3, 6, 9, 12, 15, 18, 21, 24, 27, 30)
+    assert reads.last.shape == (3, len(scripts.frozen.depths(tiny_model.config.num_hidden_layers)), 32)
+    path = (*form.prompt(prompt), scripts.frozen.cut(form.reply("bread and tea"), 5))
+    with torch.inference_mode():
+        expected = reply_logprobs(tiny_model, [path]).logprobs
+        states = tiny_model(torch.tensor([sum(path, ())]), output_hidden_states=True).hidden_states
+    tolerance = 0.05 if torch.cpu._is_avx512_bf16_supported() else 1e-4
+    assert reads.total[1] == pytest.approx(float(expected.sum()), abs=tolerance)
+    assert reads.logprob[1] == pytest.approx(float(expected.mean()), abs=tolerance)
+    assert np.allclose(reads.last[1, 0], states[1][0, -1], atol=tolerance)
+    assert np.allclose(reads.mean[1, -1], states[-1][0, -len(path[-1]) :].mean(0), atol=tolerance)
+
+
+def reads_with_signal(scripts: Namespace, n: int, seed: int) -> tuple[Any, np.ndarray[Any, Any]]:
+    """Reads whose second depth, averaged over the reply, holds a reply's worth along one direction."""
+    rng = np.random.default_rng(seed)
+    worth = rng.standard_normal(n)
+    last, mean = (rng.standard_normal((n, 3, 8)).astype(np.float32) for _ in range(2))
+    mean[:, 1, 2] = worth
+    return scripts.frozen.Reads(last, mean, worth.astype(np.float32), worth.astype(np.float32)), worth
+
+
+def test_a_head_finds_the_layer_and_the_direction(scripts: Namespace) -> None:
+    reads, worth = reads_with_signal(scripts, 600, 0)
+    first, second = np.arange(0, 600, 2), np.arange(1, 600, 2)
+    label = (worth[first] > worth[second]).astype(np.float32)
+    pairs = scripts.frozen.Pairs(first, second, label, np.arange(300) // 2)
+    head = scripts.frozen.fit_head(reads, pairs)
+    assert head.choice[:2] == ("mean", 1)
+    score = scripts.frozen.scores(reads, head)
+    assert np.corrcoef(score, worth)[0, 1] > 0.95
+    turned = scripts.frozen.Pairs(second, first, 1 - label, pairs.group)
+    assert np.allclose(scripts.frozen.scores(reads, scripts.frozen.fit_head(reads, turned)), score, atol=1e-3)
+
+
+def reviewed(scripts: Namespace, seed: int, reviewers: int = 7) -> tuple[Any, Any]:
+    """A hundred items of three replies each, ranked by noisy reviewers of the reply's worth; two items a unit."""
+    reads, worth = reads_with_signal(scripts, 300, seed)
+    rng = np.random.default_rng([seed, 1])
+    firsts, seconds, votes, items = [], [], [], []
+    for item in range(100):
+        seen = worth[3 * item : 3 * item + 3] + rng.standard_normal((reviewers, 3))
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            firsts.append(3 * item + a)
+            seconds.append(3 * item + b)
+            votes.append(np.sign(seen[:, a] - seen[:, b]))
+            items.append(item)
+    item = np.array(items)
+    data = scripts.several.Reviewed(
+        np.array(firsts), np.array(seconds), np.array(votes, dtype=np.int8), item, item // 2, tuple("x" * 300)
+    )
+    return data, reads
+
+
+def test_single_reviews_hide_what_consensus_shows(scripts: Namespace) -> None:
+    """The paper's finding holds by construction where reviewers are noisy: a good model gains more on the consensus."""
+    several = scripts.several
+    data, reads = reviewed(scripts, 2)
+    inside = several.training_units(data, 0.5, seed=0)
+    assert not set(data.unit[inside]) & set(data.unit[~inside])
+    sets = several.tests(data, np.flatnonzero(~inside), several.consensus_of_seven, seed=0)
+    assert len(sets.single[0]) == (~inside).sum()
+    total = data.votes[sets.consensus[0]].sum(1, dtype=int)
+    assert np.all(np.abs(total) >= 5)
+    assert np.array_equal(sets.consensus[1], (total > 0).astype(int))
+    score = several.head_scores(data, reads, np.flatnonzero(inside), seed=0)
+    accuracy, gaps = several.compare(data, sets, score, seed=0)
+    assert accuracy["likelihood"]["consensus"].value > accuracy["likelihood"]["single"].value  # it is the worth here
+    gap = gaps["3 reviews"]["random head"]
+    gains = [accuracy["3 reviews"][t].value - accuracy["random head"][t].value for t in ("consensus", "single")]
+    assert gap.value == pytest.approx(gains[0] - gains[1])
+    assert gap.low < gap.value < gap.high
+    assert gap.low > 0
+
+
+def test_labels_cost_as_many_reviews(scripts: Namespace) -> None:
+    data, _ = reviewed(scripts, 3)
+    rows = np.arange(len(data.first))
+    learned = scripts.several.batches(data, rows, seed=1)
+    reviews = {name: len(set(pairs.group)) for name, pairs in learned.items()}
+    assert reviews == {"old": 17, "one review": 100, "majority of 3": 33, "3 reviews": 100}
+    assert set(np.unique(learned["one review"].label)) == {0.0, 1.0}
+    assert set(np.unique(learned["majority of 3"].label)) == {0.0, 1.0}
+    assert np.allclose(np.unique(learned["3 reviews"].label), [0, 1 / 3, 2 / 3, 1])
+
+
+def test_votes_of_raters(scripts: Namespace) -> None:
+    """Three raters, two of whom like the second reply better; ties are no votes, and a fourth rater is left out."""
+    turns = (("user", "hi"), ("assistant", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
+    dialog = scripts.satisfaction.Dialog("one", turns, (1, 3), ((3, 2, 3, 5), (4, 4, 3, 1)))
+    first, second, votes, _, _, names = scripts.satisfaction.pairs([dialog])
+    assert (first.tolist(), second.tolist(), votes.tolist()) == ([0], [1], [[-1, -1, 0]])
+    assert names == ("one-1", "one-3")
+    assert scripts.several.consensus_of_raters(votes).tolist() == [True]
+    assert scripts.several.consensus_of_raters(-votes[:, [0, 2, 2]]).tolist() == [False]
+    assert scripts.several.consensus_of_raters(np.array([[1, 1, -1]], dtype=np.int8)).tolist() == [False]
+
+
+@pytest.mark.slow
+def test_preferences_of_people_from_the_command_line(
+    scripts: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_people(tmp_path)
+    options = ["--model", "tiny", "--layers", "2", "--seeds", "1", "--models", "pointwise", "pairwise"]
+    command = ["preferences_real.py", "--work", str(tmp_path / "work"), "--data", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
+    scripts.people.main()
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    found = figures["hh"]["models"]
+    assert set(found) == {"longer wins", "log-likelihood, per token", "log-likelihood, sum", "frozen, linear head",
+                          "pointwise", "pairwise"}  # fmt: skip
+    assert found["pairwise"][0]["folds"] == 2
+    assert found["pairwise"][0]["accuracy"]["all"]["n"] == 12
+    assert set(figures["llmbar"]["models"]["pointwise"][0]["accuracy"]) >= {"even", "odd", "similar"}
+    assert "longer wins" in capsys.readouterr().out
