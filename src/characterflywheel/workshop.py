@@ -32,8 +32,9 @@ from .records import Candidate, Character, Example, Message, Preference, Prompt,
 from .release import registry
 from .release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
-from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
+from .reward.history import Past
 from .reward.judge import RewardSummary
+from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
 from .reward.stage import train_rewards
 from .safety import SafetyPolicy
 from .serving.chat import ChatService
@@ -215,6 +216,13 @@ class Workshop:
         return row.stages["live" if self.config.world and "live" in row.stages else "window"]
 
     @cached_property
+    def past(self) -> tuple[Past, ...]:
+        """The generations before this one, whose reward models and held-out pairs are kept to compare with."""
+        rows = [row for row in ledger.read(self.workspace.ledger) if row.generation < self.number]
+        folder = self.workspace.artifacts
+        return tuple(Past(r.generation, folder / r.stages["reward"], folder / r.stages["annotate"]) for r in rows)
+
+    @cached_property
     def encoder(self) -> Encoder:
         return shared_encoder(encoder_folder(self.config.models.encoder), self.threads)
 
@@ -244,12 +252,18 @@ class Workshop:
 
     def rewards(self, artifact: Artifact[RewardSummary]) -> "RewardModels | RemoteRewards":
         """The reward models of an artifact: loaded here, or the same on the scoring server that config names."""
-        if self.config.reward.server is not None:
+        server = self.config.reward.server
+        if server is not None and not server.startswith("vllm+"):
             from .reward.remote import connect  # noqa: PLC0415 - only where a server is asked
             from .reward.wire import content_of  # noqa: PLC0415
 
-            return connect(self.config.reward.server, artifact.folder.name, content_of(artifact.record.outputs))
-        return RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
+            return connect(server, artifact.folder.name, content_of(artifact.record.outputs))
+        models = RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
+        if server is not None:
+            from .reward.vllm import served  # noqa: PLC0415
+
+            models.pointwise = served(models.pointwise, server)
+        return models
 
     # Data consolidation
 
@@ -315,7 +329,8 @@ class Workshop:
             return train_rewards(
                 work, self.config.reward, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
                 conversations, tables.read(traffic / "signals.parquet", Signal),
-                self.parent_folder, self.encoder, threads=self.threads, device=self.device, on_progress=advance,
+                self.parent_folder, self.encoder, generation=self.number, past=self.past, threads=self.threads,
+                device=self.device, on_progress=advance,
             )  # fmt: skip
 
     def reject(self, work: Work) -> RejectionSummary:

@@ -38,11 +38,12 @@ def world(prompts: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, 
 def test_temperature_is_the_minimum_of_the_log_loss():
     margins, labels, _ = world(60, 1, sharpness=2.5)
     found = fit_temperature(margins, labels)
-    grid = minimize_scalar(lambda t: log_loss(expit(margins / t), labels), bounds=(0.1, 20), method="bounded")
+    drawn = (labels * 360 + 1) / 362
+    grid = minimize_scalar(lambda t: log_loss(expit(margins / t), drawn), bounds=(0.1, 20), method="bounded")
     assert found == pytest.approx(grid.x, rel=1e-4)
-    # a logistic regression without an offset or a penalty, each pair there once for each reviewer
-    hard = np.r_[labels >= 0.5, labels > 0.5]
-    model = LogisticRegression(C=np.inf, fit_intercept=False).fit(np.r_[margins, margins][:, None], hard)
+    # a logistic regression without an offset or a penalty, each pair there with both outcomes, by their weights
+    model = LogisticRegression(C=np.inf, fit_intercept=False)
+    model.fit(np.r_[margins, margins][:, None], np.r_[np.ones(360), np.zeros(360)], np.r_[drawn, 1 - drawn])
     assert found == pytest.approx(1 / model.coef_[0, 0], rel=1e-3)
 
 
@@ -62,6 +63,11 @@ def test_naming_replies_the_other_way_round_changes_nothing(seed: int):
     two = pair_calibration(expit(margins * turn), turned, prompts, seed=1)
     assert two.error.value == pytest.approx(one.error.value)
     assert two.by_chance == pytest.approx(one.by_chance)
+
+
+def test_a_few_pairs_in_order_do_not_make_a_model_certain():
+    """Six pairs with log-odds 1, all right: labels are drawn in to 7/8, whose log-odds are log 7."""
+    assert fit_temperature([1.0] * 6, [1.0] * 6) == pytest.approx(1 / np.log(7))
 
 
 def test_margins_that_know_nothing_get_the_highest_temperature():

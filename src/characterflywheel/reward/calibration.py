@@ -27,16 +27,20 @@ def fit_temperature(margins: ArrayLike, labels: ArrayLike) -> float:
     """The divisor of the log-odds with the least log loss, from 1/32 to 32.
 
     `margins[i]`: log-odds that the first reply is better; `labels[i]`: share of reviewers who say so. The loss is
-    convex in 1/T, so its slope has one root. Margins that order the pairs no better than chance get the highest.
-    Naming the replies of a pair the other way round changes nothing.
+    convex in 1/T, so its slope has one root. Labels are drawn in by Platt's rule (1999), l (n + 1) + (1 - l) over
+    n + 2 for n pairs, or a few pairs that are all in order would ask for certainty. Margins that order the pairs no
+    better than chance get the highest. Naming the replies of a pair the other way round changes nothing.
     """
     margin, label = _checked(margins, labels)
+    if not np.any(margin):
+        return 1.0
+    drawn = (label * len(label) + 1) / (len(label) + 2)
 
     def slope(inverse: float) -> float:
-        return float(margin @ (expit(inverse * margin) - label))
+        return float(margin @ (expit(inverse * margin) - drawn))
 
-    if not len(margin) or slope(1 / HOTTEST) >= 0:
-        return 1.0 if not np.any(margin) else HOTTEST
+    if slope(1 / HOTTEST) >= 0:
+        return HOTTEST
     if slope(1 / COLDEST) <= 0:
         return COLDEST
     return 1 / float(brentq(slope, 1 / HOTTEST, 1 / COLDEST, xtol=1e-12))

@@ -1,14 +1,13 @@
 """What trained reward models are worth, on pairs and people they have not seen (PAPER section 3)."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import intervals
 from ..ledger import SignalQuality
-from ..records import Dropped, Preference
+from ..records import Preference
 from .calibration import log_odds
 from .composite import RewardModels
 from .evaluate import evaluate_preference
@@ -54,9 +53,9 @@ def pairwise_margins(model: Pairwise, pairs: Sequence[Preference]) -> Margins:
 
 def judge(
     models: RewardModels, training: Sequence[Preference], held_out: Sequence[Preference],
-    dropped: Sequence[Dropped] = (), seed: int = 0,
+    dropped: Mapping[str, int] | None = None, seed: int = 0,
 ) -> RewardSummary:  # fmt: skip
-    """Evaluate saved models on held-out pairs; `dropped` are the pairs that neither could be learnt from nor judged.
+    """Evaluate saved models on held-out pairs; `dropped` counts by reason those that nothing could be learnt from.
 
     `summary.pointwise.calibration.temperature` (and `pairwise`) is the one to keep with the models.
     """
@@ -67,7 +66,7 @@ def judge(
     return RewardSummary(
         pairs_trained=len(training),
         pairs_held_out=len(held_out),
-        dropped=dict(sorted(Counter(one.reason for one in dropped).items())),
+        dropped=dict(dropped or {}),
         pointwise_accuracy=pointwise.accuracy,
         pairwise_accuracy=pairwise.accuracy,
         signals={kind: _quality(report) for kind, report in sorted(models.signals.reports.items())},

@@ -15,7 +15,7 @@ from ..errors import FlywheelError
 from ..ids import derive_seed
 from ..pipeline import Work
 from ..records import Conversation, Dropped, Preference, Signal
-from . import format, network, screen
+from . import format, history, network, screen
 from .composite import RewardModels, signal_scales
 from .fit import Objective, schedule
 from .judge import RewardSummary, judge
@@ -40,11 +40,15 @@ def train_rewards(
     policy_folder: Path,
     encoder: Embeds,
     *,
+    generation: int = 1,
+    past: Sequence[history.Past] = (),
     threads: int = 2,
     device: str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RewardSummary:
     """Train the preference models and the signal models, judge them on what they have not seen, save them.
+
+    They are also compared with those of `past` generations, on every generation's held-out pairs (see `history`).
 
     Held-out pairs never train. What is judged is what was saved: the models are read back from `work.folder` first.
     `on_progress(done, total)` counts optimiser steps of all preference models. Raises FlywheelError where no pair is
@@ -72,14 +76,14 @@ def train_rewards(
 
     def pointwise(name: str) -> Pointwise:
         model = Pointwise.from_folder(
-            folder, config, seed=derive_seed(work.seed, name, "start"), threads=threads, device=device
+            folder, config, form=form, seed=derive_seed(work.seed, name, "start"), threads=threads, device=device
         )
         model.fit(steps[name], config.learning_rate, count, objective)
         return model
 
     scorer = pointwise("pointwise")
     comparer = Pairwise.from_folder(
-        folder, config, seed=derive_seed(work.seed, "pairwise", "start"), threads=threads, device=device
+        folder, config, form=form, seed=derive_seed(work.seed, "pairwise", "start"), threads=threads, device=device
     )
     comparer.fit(steps["pairwise"], config.learning_rate, count, objective)
     gold = pointwise("gold") if split.gold else None
@@ -94,7 +98,13 @@ def train_rewards(
     )
     RewardModels(scorer, comparer, reactions, config.signal_weights, scales, gold).save(work.folder)
     models = RewardModels.load(work.folder, encoder, threads, device)
-    summary = judge(models, split.proxy, held_out).model_copy(update={"dropped": screened.reasons})
+    summary = judge(models, split.proxy, held_out, screened.reasons, work.seed)
+    own = history.Preferences(models.pointwise, models.pairwise, history.taught_by(training))
+    cells = history.matrix(generation, own, held_out, past, threads=threads, device=device)
+    summary = summary.model_copy(update={"history": cells})
+    for model, judged in ((models.pointwise, summary.pointwise), (models.pairwise, summary.pairwise)):
+        model.temperature = judged.calibration.temperature if judged.calibration else 1.0
+    models.save_settings(work.folder)
     (work.folder / "evaluation.json").write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary
 
@@ -127,12 +137,14 @@ def split_gold(training: Sequence[Preference], share: float, seed: int) -> Split
 
 
 def _together(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """For each (user, prompt) the name of its group: rows that share a user or a prompt, directly or by others."""
+    """For each (user, prompt) its group, named by the last of its users: those with a prompt in common, directly or
+    by way of others."""
     above: dict[tuple[str, str], tuple[str, str]] = {}
 
     def top(node: tuple[str, str]) -> tuple[str, str]:
         while above.setdefault(node, node) != node:
-            node = above[node] = above[above[node]]
+            above[node] = above[above[node]]
+            node = above[node]
         return node
 
     for user, prompt in rows:

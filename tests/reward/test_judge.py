@@ -1,0 +1,79 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reward_fixture import Letters, pairs, tiny_policy
+from scipy.special import expit, logit
+
+from characterflywheel.config import RewardConfig
+from characterflywheel.pipeline import Work
+from characterflywheel.reward.composite import RewardModels
+from characterflywheel.reward.judge import judge, pairwise_margins, pointwise_margins
+from characterflywheel.reward.stage import train_rewards
+from characterflywheel.reward.summary import RewardSummary
+
+CONFIG = RewardConfig(layers=2, epochs=4, learning_rate=3e-3, max_prompt_tokens=64, max_reply_tokens=24)
+HELD_OUT = [p for p in pairs() if p.held_out]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RewardSummary]:
+    root = tmp_path_factory.mktemp("judge")
+    folder = root / "reward"
+    folder.mkdir()
+    summary = train_rewards(
+        Work(folder, 1), CONFIG, pairs(), [], [], tiny_policy(root / "policy"), Letters(), threads=1
+    )
+    return folder, summary
+
+
+@pytest.fixture(scope="module")
+def models(stage: tuple[Path, RewardSummary]) -> RewardModels:
+    return RewardModels.load(stage[0], Letters(), threads=1)
+
+
+def test_models_are_saved_with_the_temperature_that_was_judged(stage: tuple[Path, RewardSummary], models: RewardModels):
+    summary = stage[1]
+    assert models.pointwise.temperature == summary.pointwise.calibration.temperature != 1.0
+    assert models.pairwise.temperature == summary.pairwise.calibration.temperature != 1.0
+    sides = [p.prompt for p in HELD_OUT], [p.chosen[-1].content for p in HELD_OUT], [
+        p.rejected[-1].content for p in HELD_OUT
+    ]  # fmt: skip
+    for model, margins in (
+        (models.pointwise, pointwise_margins(models.pointwise, HELD_OUT)),
+        (models.pairwise, pairwise_margins(models.pairwise, HELD_OUT)),
+    ):
+        assert model.prefers(*sides) == pytest.approx(expit(np.array(margins.log_odds) / model.temperature), abs=1e-6)
+
+
+def test_judging_calibrated_models_again_gives_the_same_report(stage: tuple[Path, RewardSummary], models: RewardModels):
+    again = judge(models, [p for p in pairs() if not p.held_out], HELD_OUT, seed=1)
+    expected = stage[1].model_copy(update={"history": ()})
+    assert again.pointwise.calibration.temperature == pytest.approx(expected.pointwise.calibration.temperature)
+    assert again.pairwise.calibration.temperature == pytest.approx(expected.pairwise.calibration.temperature, rel=1e-4)
+    assert again.pointwise_accuracy == expected.pointwise_accuracy
+    assert again.models_agree == expected.models_agree
+    assert again.pairwise.swap_consistency == expected.pairwise.swap_consistency
+
+
+def test_margins_of_the_pairwise_model_are_the_mean_of_both_orders(models: RewardModels):
+    found = pairwise_margins(models.pairwise, HELD_OUT[:3])
+    one, two = models.pairwise.both_orders(
+        [p.prompt for p in HELD_OUT[:3]],
+        [p.chosen[-1].content for p in HELD_OUT[:3]],
+        [p.rejected[-1].content for p in HELD_OUT[:3]],
+    )
+    by_hand = models.pairwise.temperature * (logit(one) - logit(two)) / 2
+    assert found.log_odds == pytest.approx(by_hand)
+
+
+def test_report_names_what_the_score_leans_on_and_survives_json(stage: tuple[Path, RewardSummary]):
+    folder, summary = stage
+    assert RewardSummary.model_validate(json.loads((folder / "evaluation.json").read_text())) == summary
+    worst = summary.offenders()
+    assert worst
+    assert worst[0].feature in ("questions", "ends_with_question", "words", "characters", "you_share", "i_share")
+    assert f"leans on {worst[0].feature} {worst[0].within.value:+.2f}" in summary.line()
+    assert summary.models_agree.n == len(HELD_OUT)
+    assert summary.dropped == {} or sum(summary.dropped.values()) > 0
