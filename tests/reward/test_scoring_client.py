@@ -58,9 +58,31 @@ class Server:
 
     @contextmanager
     def running(self) -> Iterator[str]:
-        routes = [Route("/v1/model", self.model), Route("/v1/score", self.score, methods=["POST"])]
-        with listening(Starlette(routes=[*routes, Route("/v1/prefer", self.prefer, methods=["POST"])])) as address:
-            yield address
+        Listening.now = self
+        yield Listening.address
+
+
+class Listening:
+    """One listener for all tests of this file; the server that is `now` answers."""
+
+    now: Server
+    address: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def listener() -> Iterator[None]:
+    async def model(request: Request) -> Response:
+        return await Listening.now.model(request)
+
+    async def score(request: Request) -> Response:
+        return await Listening.now.score(request)
+
+    async def prefer(request: Request) -> Response:
+        return await Listening.now.prefer(request)
+
+    posts = [Route("/v1/score", score, methods=["POST"]), Route("/v1/prefer", prefer, methods=["POST"])]
+    with listening(Starlette(routes=[Route("/v1/model", model), *posts])) as Listening.address:
+        yield
 
 
 @contextmanager

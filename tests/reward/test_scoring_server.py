@@ -85,6 +85,15 @@ def test_nothing_to_score_is_nothing(remote: RemoteRewards, models: RewardModels
     assert remote.pairwise.prefers([], [], []) == []
 
 
+def test_an_empty_request_has_an_empty_answer(address: str):
+    for by in ("composite", "pointwise", "gold"):
+        answer = post(address, "/v1/score", prompts=[], replies=[], by=by)
+        assert (answer.status_code, answer.json()["scores"]) == (200, [])
+    for by in ("pairwise", "pointwise"):
+        answer = post(address, "/v1/prefer", prompts=[], firsts=[], seconds=[], by=by)
+        assert (answer.status_code, answer.json()["probabilities"]) == (200, [])
+
+
 def test_the_model_says_what_it_is(address: str, folder: Path, models: RewardModels):
     told = card(address)
     assert (told.artifact, told.generation, told.gold) == (folder.name, 3, True)

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -56,9 +57,11 @@ class Connection:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )  # fmt: skip
 
+        self._end = weakref.finalize(self, self._http.close)
+
     def close(self) -> None:
-        """Close the kept connections."""
-        self._http.close()
+        """Close the kept connections; done by itself when nobody holds this any more."""
+        self._end()
 
     def ask(self, path: str, request: Record, answer: type[A]) -> A:
         """Send a request and read its answer.
