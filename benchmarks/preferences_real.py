@@ -186,8 +186,12 @@ def heads(data: Data, reads: frozen.Reads, seed: int) -> tuple[Margins, list[tup
 def report(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Every model that has been run, seed by seed."""
     pairs, all_of = data.pairs, np.ones(len(data.pairs), dtype=bool)
-    words = [[len(side[-1].content.split()) for side in (p.chosen, p.rejected)] for p in pairs]
-    found: dict[str, Any] = {"longer wins": [judged(data, np.array([float(a - b) for a, b in words]), all_of)]}
+    sides = [(p.chosen[-1].content, p.rejected[-1].content) for p in pairs]
+    longer = {"words": [float(len(a.split()) - len(b.split())) for a, b in sides],
+              "characters": [float(len(a) - len(b)) for a, b in sides]}  # fmt: skip
+    found: dict[str, Any] = {
+        f"longer wins, {unit}": [judged(data, np.array(margins), all_of)] for unit, margins in longer.items()
+    }
     files = [args.work / f"read-{name}-{start:05d}.npz" for start in range(0, len(pairs), CHUNK)]
     done = list(takewhile(Path.exists, files))
     if done:
@@ -274,7 +278,7 @@ def main() -> None:
         figures[name] = {"pairs": len(data.pairs), "skipped": skipped, "cuts": limits, "models": _plain(found)}
         print(f"\n{name}: {len(data.pairs)} pairs; skipped: {skipped or 'none'}")
         print(f"contexts cut {limits['contexts_cut']}, replies cut {limits['replies_cut']} of {limits['replies']}\n")
-        views = list(found["longer wins"][0]["accuracy"])
+        views = list(found["longer wins, words"][0]["accuracy"])
         rows = [
             (model, one.get("seed"), *(_said(one["accuracy"][view]) for view in views))
             for model, several in found.items() for one in several

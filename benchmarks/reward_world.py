@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(judges.KINDS), default=("pointwise", "pairwise"))
     parser.add_argument("--label-reviewers", type=int, default=3, help="reviews of a prompt that its labels come from")
     parser.add_argument("--train-pairs", type=int, default=6, help="at most so many of a prompt train")
-    parser.add_argument("--held-out-pairs", type=int, default=8, help="at most so many of a prompt judge")
+    parser.add_argument("--held-out-pairs", type=int, default=28, help="at most so many of a prompt judge")
     args = parser.parse_args()
     began = time.perf_counter()
     torch.set_num_threads(args.threads)
