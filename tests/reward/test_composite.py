@@ -11,7 +11,7 @@ from reward_fixture import Letters, asks
 from characterflywheel.config import RewardConfig
 from characterflywheel.records import Scored
 from characterflywheel.reward.composite import RewardModels
-from characterflywheel.reward.selection import combine, select, veto
+from characterflywheel.reward.selection import combine, veto
 from characterflywheel.reward.signals import Reply, SignalModels
 from characterflywheel.safety.policy import SafetyPolicy
 
@@ -88,7 +88,6 @@ def test_safety_vetoes_whatever_the_score():
     (several,) = trained.judge([asks("Hi")], [replies], SAFETY)
     assert several[0].score > several[1].score
     assert (several[0].vetoed, several[1].vetoed) == ("harm", None)
-    assert select(several) == [1]
     (answers,) = veto(trained.parts([asks("poison?")], [["yes"]]), [asks("poison?")], [["yes"]], SAFETY)
     assert answers[0].vetoed == "harm", "a reply is judged as the answer to what it answers"
 
@@ -99,7 +98,6 @@ def test_what_cannot_be_checked_is_vetoed():
 
     (several,) = models({}).judge([asks("Hi")], [["tea"]], SafetyPolicy(classifiers=(breaks,)))
     assert several[0].vetoed == "unchecked"
-    assert select(several) == []
 
 
 def test_a_vetoed_value_cannot_be_sorted_by_mistake():
@@ -110,14 +108,17 @@ def test_a_vetoed_value_cannot_be_sorted_by_mistake():
         one < 0.5  # type: ignore[operator] # noqa: B015
 
 
-@given(st.lists(st.tuples(NUMBERS, st.booleans()), max_size=12), st.none() | st.integers(0, 12))
-def test_selection_takes_the_best_that_are_allowed(drawn: list[tuple[float, bool]], most: int | None):
-    scored = [Scored(score=s, preference=s, vetoed="harm" if bad else None) for s, bad in drawn]
-    places = select(scored, most)
-    allowed = [i for i, (_, bad) in enumerate(drawn) if not bad]
-    assert set(places) <= set(allowed)
-    assert len(places) == min(len(allowed), len(allowed) if most is None else most)
-    assert [drawn[i][0] for i in places] == sorted((drawn[i][0] for i in allowed), reverse=True)[: len(places)]
+@given(st.lists(st.lists(st.tuples(NUMBERS, NUMBERS, st.booleans()), max_size=4), max_size=4), st.floats(-0.9, 0.9))
+def test_the_veto_changes_no_number(drawn: list[list[tuple[float, float, bool]]], weight: float):
+    prompts = [asks(str(i)) for i, _ in enumerate(drawn)]
+    texts = [["poison" if bad else "tea" for _, _, bad in several] for several in drawn]
+    preference, signal = ([[row[i] for row in several] for several in drawn] for i in (0, 1))
+    parts = combine(preference, {"love": signal}, {"love": weight}, {"love": (1.0, 2.0)})
+    judged = veto(parts, prompts, texts, SAFETY)
+    for several, mine, after in zip(drawn, parts, judged, strict=True):
+        assert [one.score for one in mine] == pytest.approx([p + weight * (s - 1) / 2 for p, s, _ in several])
+        assert [one.model_copy(update={"vetoed": None}) for one in after] == mine
+        assert [one.vetoed == "harm" for one in after] == [bad for _, _, bad in several]
 
 
 @pytest.mark.parametrize(

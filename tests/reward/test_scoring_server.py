@@ -1,10 +1,12 @@
 """The scoring server, really started: equal scores, joined requests, limits, keys, and an end in good order."""
 
+import random
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx2
@@ -16,14 +18,18 @@ from hypothesis import strategies as st
 from reward_fixture import asks
 from scoring_fixture import PROMPTS, REPLIES, card, loaded, outputs, served, shared_artifact
 
+from characterflywheel.config import RejectionConfig
 from characterflywheel.errors import FlywheelError
-from characterflywheel.records import ChatMessage, Scored
+from characterflywheel.llm.base import Completion, Sampling
+from characterflywheel.pipeline import Work
+from characterflywheel.records import ChatMessage, Prompt, Scored
 from characterflywheel.reward.composite import RewardModels
 from characterflywheel.reward.joining import Closing, Full, Worker, join
 from characterflywheel.reward.remote import RemoteRewards, connect
 from characterflywheel.reward.server import card_of, serve
 from characterflywheel.reward.wire import Limits, ScoreRequest, content_of
 from characterflywheel.safety.policy import SafetyPolicy
+from characterflywheel.training.rejection_sampling import reject
 
 TOLERANCE = 1e-6  # float32
 ROUNDING = 0.02  # bfloat16 has 8 bits
@@ -83,6 +89,42 @@ def test_nothing_to_score_is_nothing(remote: RemoteRewards, models: RewardModels
     assert remote.composite([], []) == models.composite([], []) == []
     assert remote.pointwise.score([asks("Hi"), asks("Ho")], [[], ["a"]])[0] == []
     assert remote.pairwise.prefers([], [], []) == []
+
+
+class Writer:
+    """A policy that writes seeded words."""
+
+    name = "writer"
+
+    def complete(
+        self, conversations: Sequence[Sequence[ChatMessage]], *, n: int = 1, sampling: Sampling = Sampling(),
+        seeds: Sequence[int],
+    ) -> list[list[Completion]]:  # fmt: skip
+        words = ("tea", "rain", "sea", "Do you?", "stars", "ünï 🌊")
+        texts = [[" ".join(random.Random(seed + i).choices(words, k=4)) for i in range(n)] for seed in seeds]
+        return [[Completion(text, (1,), (-1.0,), "stop") for text in several] for several in texts]
+
+
+def test_selection_by_a_server_leaves_the_same_bytes(remote: RemoteRewards, models: RewardModels, tmp_path: Path):
+    prompts = [
+        Prompt(
+            id=f"p{i}", conversation_id=f"c{i}", user_id=f"u{i}", source="user", character_id="mo", split="train",
+            messages=asks(f"{i}?"), cluster=0, turn=1, created_at=datetime(2026, 1, 5, tzinfo=UTC),
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    summaries = [
+        reject(Work(tmp_path / name, 1), RejectionConfig(candidates=6), prompts, {"writer": Writer()}, judge, SAFETY)
+        for name, judge in (("here", models), ("there", remote))
+    ]
+    here, there = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.parquet")} for name in ("here", "there")
+    )
+    assert summaries[0] == summaries[1]
+    assert summaries[0].accepted > 0
+    assert summaries[0].reasons["unsafe"] > 0
+    assert here == there
+    assert "scores.parquet" in here
 
 
 def test_an_empty_request_has_an_empty_answer(address: str):

@@ -1,4 +1,4 @@
-"""Selection by the composite score: how its parts add up, safety's veto, and what may be chosen (PAPER sections 3, 4).
+"""Selection by the composite score: how its parts add up, and safety's veto (PAPER sections 3, 4).
 
 Preference has weight 1. Signals that have shown that they can rank unseen users' reactions are auxiliaries with stated
 weights; the others weigh nothing. Safety is no term of the sum: a reply that it refuses is not selected, whatever its
@@ -52,9 +52,3 @@ def veto(
         reasons = (None if verdict.allowed else ", ".join(verdict.categories) for verdict in verdicts)
         out.append([one.model_copy(update={"vetoed": r}) for one, r in zip(mine, reasons, strict=True)])
     return out
-
-
-def select(scored: Sequence[Scored], most: int | None = None) -> list[int]:
-    """The places of the best `most` replies (all if None) that safety lets pass, best first, ties in their order."""
-    allowed = [i for i, one in enumerate(scored) if one.vetoed is None]
-    return sorted(allowed, key=lambda i: -scored[i].score)[:most]
