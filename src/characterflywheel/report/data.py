@@ -14,8 +14,23 @@ from ..errors import FlywheelError
 from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
 from ..records import Estimate
-from . import optimised, words
-from .figures import Axis, Bar, Figure, Node, Row, Series, Tone, bars, curves, dot_plot, nice_axis, share_axis, wheel
+from . import optimised, rewards, words
+from .figures import (
+    Axis,
+    Bar,
+    Figure,
+    Node,
+    Row,
+    Series,
+    Tone,
+    bars,
+    beyond,
+    curves,
+    dot_plot,
+    nice_axis,
+    share_axis,
+    wheel,
+)
 
 IDEAL_BAND = (0.50, 0.65)
 ALARM = 0.65
@@ -31,11 +46,12 @@ STYLE_ROWS = 14
 
 @dataclass(frozen=True)
 class ReportData:
-    """The generation the page is about, all generations so far, and its sample conversations."""
+    """The generation the page is about, all generations so far, its sample conversations and its judges' report."""
 
     row: LedgerRow
     history: tuple[LedgerRow, ...]
     samples: tuple[Sample, ...]
+    judged: rewards.Judged
 
 
 def load(workspace: Path) -> ReportData:
@@ -50,7 +66,7 @@ def load(workspace: Path) -> ReportData:
         if not file.exists():
             raise FlywheelError(f"{file} is missing, though the ledger names it: run `flywheel run {workspace}` again.")
         samples = tuple(tables.read_jsonl(file, Sample))
-    return ReportData(rows[-1], tuple(rows), samples)
+    return ReportData(rows[-1], tuple(rows), samples, rewards.load(workspace, rows[-1]))
 
 
 def write_numbers(path: Path, data: ReportData, figures: Mapping[str, Figure]) -> None:
@@ -68,7 +84,8 @@ def write_numbers(path: Path, data: ReportData, figures: Mapping[str, Figure]) -
 def all_figures(data: ReportData) -> dict[str, Figure]:
     """Every figure that the generation has numbers for, by name."""
     row = data.row
-    made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row), *_reward(row)]
+    made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row)]
+    made += rewards.figures(row, data.judged)
     made += optimised.figures(row.overoptimisation)
     made += [*_experiment(row), *_kept(row), *_timings(row), *_trend(data.history)]
     return {figure.name: figure for figure in made}
@@ -114,7 +131,7 @@ def _win_rates(row: LedgerRow) -> Figure:
         Row("Internal prompts", rates.internal.pointwise, note="pointwise judge"),
         Row("Internal prompts", rates.internal.pairwise, note="pairwise judge"),
     ]
-    rows = [r._replace(tone="bad" if (r.estimate.value or 0) > ALARM else _beyond(r.estimate, 0.5)) for r in rows]
+    rows = [r._replace(tone="bad" if (r.estimate.value or 0) > ALARM else beyond(r.estimate, 0.5)) for r in rows]
     figure = dot_plot("win_rate", rows, _win_axis(r.estimate for r in rows), band=IDEAL_BAND, line=ALARM, zero=0.5)
     marks = (m.model_copy(update={"label": f"{r.label}, {r.note}"}) for m, r in zip(figure.marks, rows, strict=True))
     return Figure(figure.name, figure.html, tuple(marks))
@@ -125,12 +142,6 @@ def _win_axis(rates: Iterable[Estimate]) -> Axis:
     edges = [edge for rate in rates for edge in (rate.low, rate.high, rate.value) if edge is not None]
     middle = (0.2, 0.35, 0.5, 0.65, 0.8)
     return share_axis(middle if all(0.2 <= edge <= 0.8 for edge in edges) else (0.0, *middle, 1.0))
-
-
-def _beyond(estimate: Estimate, level: float) -> Tone:
-    if estimate.low is not None and estimate.low > level:
-        return "good"
-    return "bad" if estimate.high is not None and estimate.high < level else "new"
 
 
 def tone_of(measured: Compared) -> Tone:
@@ -189,35 +200,13 @@ def _style(row: LedgerRow) -> list[Figure]:
     return [dot_plot("style", rows, axis, zero=1.0)] if rows else []
 
 
-def _reward(row: LedgerRow) -> list[Figure]:
-    quality = row.reward
-    pairs = [
-        Row("Pointwise model", quality.pointwise_accuracy, note="drives training"),
-        Row("Pairwise model", quality.pairwise_accuracy, note="guards against gaming"),
-    ]
-    signals = []
-    for name, signal in quality.signals.items():
-        low, high = signal.interval or (None, None)
-        estimate = Estimate(value=signal.auc, low=low, high=high, n=signal.n, reason=signal.reason)
-        used = "helps to select" if signal.usable else "not used"
-        signals.append(Row(f"p({name.replace('_', ' ')})", estimate, lambda v: f"{v:.2f}", note=used))
-    low = min((r.estimate.low or 0.5 for r in (*pairs, *signals)), default=0.5)
-    axis = share_axis((0.25, 0.5, 0.75, 1.0) if low >= 0.25 else (0.0, 0.25, 0.5, 0.75, 1.0))
-    figures = []
-    for figure, rows, form in (("reward_accuracy", pairs, words.share), ("reward_signals", signals, words.number)):
-        if rows:
-            toned = [r._replace(tone=_beyond(r.estimate, 0.5)) for r in rows]
-            figures.append(dot_plot(figure, toned, axis._replace(form=form), zero=0.5))
-    return figures
-
-
 def _experiment(row: LedgerRow) -> list[Figure]:
     test = row.experiment
     if test is None:
         return []
     lifts = {"breadth_lift": test.breadth_lift, "depth_lift": test.depth_lift} | test.secondary
     rows = [
-        Row(label, lift, words.signed_share, _beyond(lift, 0.0) if name != "balance" else "new", note=note)
+        Row(label, lift, words.signed_share, beyond(lift, 0.0) if name != "balance" else "new", note=note)
         for name, lift in lifts.items()
         for label, note in [LIFTS.get(name, (words.name(name), ""))]
     ]

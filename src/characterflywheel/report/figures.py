@@ -59,7 +59,8 @@ class Axis(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of a dot plot. `before` draws the old model's hollow dot and the way from it."""
+    """One line of a dot plot. `before` draws the old model's hollow dot and the way from it, `tick` an upright mark
+    to compare the dot with."""
 
     label: str
     estimate: Estimate
@@ -67,6 +68,7 @@ class Row(NamedTuple):
     tone: Tone = "new"
     before: Estimate | None = None
     note: str = ""
+    tick: float | None = None
 
 
 def mark(series: str, label: str, estimate: Estimate) -> Mark:
@@ -87,6 +89,13 @@ def nice_axis(
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return Axis(first * step, last * step, tuple(round(i * step, 10) for i in range(first, last + 1)), form)
+
+
+def beyond(estimate: Estimate, level: float) -> Tone:
+    """Good above a level with the whole interval, bad below it."""
+    if estimate.low is not None and estimate.low > level:
+        return "good"
+    return "bad" if estimate.high is not None and estimate.high < level else "new"
 
 
 def share_axis(ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> Axis:
@@ -132,6 +141,10 @@ def _dot_row(row: Row, axis: Axis, band: tuple[float, float] | None, line: float
             way = '<line class="way {}" x1="{:.2f}%" x2="{:.2f}%" y1="50%" y2="50%"/>'
             parts.append(Markup(way).format(row.tone, axis.at(old.value), axis.at(new.value)))
         parts.append(_whisker(old, axis, "old"))
+    if row.tick is not None:
+        parts.append(
+            Markup('<line class="beside" x1="{0:.2f}%" x2="{0:.2f}%" y1="22%" y2="78%"/>').format(axis.at(row.tick))
+        )
     if new.value is not None:
         parts.append(_whisker(new, axis, row.tone))
     shown = words.value(new, row.form)

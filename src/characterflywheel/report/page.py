@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from ..pipeline import write_atomically
 from . import data as report_data
-from . import story, words
+from . import rewards, story, words
 from .data import ReportData
 from .figures import Figure
 
@@ -40,6 +40,8 @@ def render(data: ReportData, figures: dict[str, Figure]) -> str:
         row=data.row,
         history=data.history,
         samples=data.samples,
+        judged=data.judged,
+        rewards=rewards,
         figures=figures,
         style_names=[c.name for c in data.row.gate.criteria if c.name.startswith("style")],
         headline=story.headline(data.row),

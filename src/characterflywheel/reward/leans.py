@@ -11,13 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from ..records import ChatMessage, Preference
+from ..records import ChatMessage, Estimate, Preference
 from ..style.features import FEATURES, measure
-from .metrics import permutation_p_values, rank_correlation, within_groups
+from .metrics import Floats, permutation_p_values, rank_correlation, within_groups
 from .summary import Lean
 
 FALSE_DISCOVERY_RATE = 0.05
 PERMUTATIONS = 2000
+FEWEST_PROMPTS = 5
 
 
 class Judged(NamedTuple):
@@ -71,16 +72,25 @@ def leans(replies: Sequence[Judged], seed: int) -> tuple[Lean, ...]:
     adjusted = iter(false_discovery_control(tested) if tested else ())
     found = []
     for name, column, inside, known in zip(FEATURES, table.T, features.T, varies, strict=True):
-        within = rank_correlation(own, inside, groups, seed=seed)
+        within = _within(own, inside, groups, seed)
         value = float(next(adjusted)) if known else None
         found.append(
             Lean(
                 feature=name,
                 raw=rank_correlation(score, column, prompts.tolist(), seed=seed),
                 within=within,
-                reviewers=rank_correlation(theirs, inside, groups, seed=seed),
+                reviewers=_within(theirs, inside, groups, seed),
                 p=value,
                 flagged=value is not None and value <= FALSE_DISCOVERY_RATE and within.value is not None,
             )
         )
     return tuple(sorted(found, key=lambda one: -abs(one.within.value or 0.0)))
+
+
+def _within(values: Floats, feature: Floats, groups: Sequence[str], seed: int) -> Estimate:
+    """The correlation of two centred columns; no interval where too few prompts have replies that differ in it."""
+    found = rank_correlation(values, feature, groups, seed=seed)
+    differ = len({group for group, value in zip(groups, feature, strict=True) if value != 0})
+    if found.value is None or differ >= FEWEST_PROMPTS:
+        return found
+    return Estimate(value=found.value, n=found.n, reason=f"replies of {differ} prompts differ in it: no interval")
