@@ -43,11 +43,22 @@ class SignalQuality(Record):
 
 
 class RewardQuality(Record):
-    """Accuracy of the two preference models on held-out pairs, and of the signal models (PAPER section 3)."""
+    """Accuracy of the two preference models on held-out pairs, and of the signal models (PAPER section 3).
+
+    Calibration errors are with temperature, on prompts it was not fitted on. `new_policy`: the pointwise accuracy of
+    the generation before on this one's pairs, whose replies its policy wrote. None: not measured by this version.
+    """
 
     pointwise_accuracy: Estimate
     pairwise_accuracy: Estimate
     signals: dict[str, SignalQuality] = Field(default_factory=dict)
+    longer_wins: Estimate | None = Field(None, description="accuracy of preferring the longer reply, same pairs")
+    pointwise_calibration_error: Estimate | None = None
+    pairwise_calibration_error: Estimate | None = None
+    swap_consistency: Estimate | None = None
+    models_agree: Estimate | None = None
+    best_of_n: Estimate | None = None
+    new_policy: Estimate | None = None
 
 
 class JudgedWinRate(Record):

@@ -73,6 +73,12 @@ def test_every_generation_on_every_set(generations: list[Generation]):
     assert generations[1].summary.history == tuple(c for c in cells if 3 not in (c.models, c.pairs))
 
 
+def test_the_ledger_gets_the_accuracy_on_the_new_policy(generations: list[Generation]):
+    for before, one in zip(generations, generations[1:], strict=False):
+        cell = of(one.summary.history, before.past.generation, one.past.generation)
+        assert one.summary.quality().new_policy == cell.pointwise
+
+
 def test_a_cell_is_what_the_saved_models_say_of_people_they_have_not_met(generations: list[Generation]):
     models = RewardModels.load(generations[1].past.rewards, Letters(), threads=1)
     met = {"user-0"}  # user-9's pairs were held out from the second generation's models as from the first's

@@ -77,3 +77,12 @@ def test_report_names_what_the_score_leans_on_and_survives_json(stage: tuple[Pat
     assert f"leans on {worst[0].feature} {worst[0].within.value:+.2f}" in summary.line()
     assert summary.models_agree.n == len(HELD_OUT)
     assert summary.dropped == {} or sum(summary.dropped.values()) > 0
+
+
+def test_the_ledger_gets_what_is_worth_following(stage: tuple[Path, RewardSummary]):
+    summary = stage[1]
+    kept = summary.quality()
+    assert kept.pointwise_accuracy == summary.pointwise_accuracy
+    assert kept.pointwise_calibration_error == summary.pointwise.calibration.after.error
+    assert kept.swap_consistency == summary.pairwise.swap_consistency
+    assert kept.new_policy is None  # there is no generation before

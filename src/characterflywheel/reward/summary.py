@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..ledger import SignalQuality
+from ..ledger import RewardQuality, SignalQuality
 from ..records import Estimate, Record
 
 Dimension = Literal["source", "character", "agreement", "strength", "length", "policy"]
@@ -95,6 +95,12 @@ class PreferenceEvaluation(Record):
     swap_consistency: Estimate | None = None
     first_bias: Estimate | None = None
 
+    @property
+    def calibration_error(self) -> Estimate:
+        """With temperature, on prompts that it was not fitted on."""
+        unknown = Estimate(value=None, n=0, reason="pairs of at least two prompts are needed")
+        return self.calibration.after.error if self.calibration else unknown
+
     def by(self, dimension: Dimension) -> dict[str, Slice]:
         """The slices of one dimension, by name."""
         return {part.name: part for part in self.slices if part.dimension == dimension}
@@ -132,6 +138,22 @@ class RewardSummary(Record):
     pairwise: PreferenceEvaluation
     models_agree: Estimate
     history: tuple[Cell, ...] = ()
+
+    def quality(self) -> RewardQuality:
+        """What the ledger keeps."""
+        best, last = self.pointwise.best_of_n, max((cell.pairs for cell in self.history), default=0)
+        return RewardQuality(
+            pointwise_accuracy=self.pointwise_accuracy,
+            pairwise_accuracy=self.pairwise_accuracy,
+            signals=self.signals,
+            longer_wins=self.pointwise.longer_wins,
+            pointwise_calibration_error=self.pointwise.calibration_error,
+            pairwise_calibration_error=self.pairwise.calibration_error,
+            swap_consistency=self.pairwise.swap_consistency,
+            models_agree=self.models_agree,
+            best_of_n=best.accuracy if best else None,
+            new_policy=next((c.pointwise for c in self.history if c.pairs == last and c.standing == "next"), None),
+        )
 
     def line(self) -> str:
         """One line for people."""
