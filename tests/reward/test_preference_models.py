@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reward_fixture import asks, pairs, tiny_policy
 
 from characterflywheel.config import RewardConfig
@@ -91,6 +93,17 @@ def test_swapping_the_replies_swaps_the_answer_exactly(judge: Pairwise):
     one, two = judge.prefers(prompts, a, b), judge.prefers(prompts, b, a)
     assert [p + q for p, q in zip(one, two, strict=True)] == pytest.approx([1.0, 1.0], abs=1e-12)
     assert judge.prefers([asks("Hi")], ["same"], ["same"]) == pytest.approx([0.5], abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), min_size=1, max_size=4), st.floats(0.2, 5))
+def test_answers_are_antisymmetric_for_any_replies(judge: Pairwise, sides: list[tuple[str, str]], temperature: float):
+    judge.temperature = temperature
+    prompts, a, b = [asks("Hi")] * len(sides), [one for one, _ in sides], [two for _, two in sides]
+    one, two = judge.prefers(prompts, a, b), judge.prefers(prompts, b, a)
+    judge.temperature = 1.0
+    assert [p + q for p, q in zip(one, two, strict=True)] == [1.0] * len(sides)
+    assert all(p == 0.5 for p, x, y in zip(one, a, b, strict=True) if x == y)
 
 
 def test_saved_and_loaded_score_the_same(scorer: Pointwise, tmp_path: Path):

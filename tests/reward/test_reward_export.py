@@ -8,7 +8,16 @@ import torch
 from reward_fixture import asks, pairs, tiny_policy
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from characterflywheel.config import RewardConfig
 from characterflywheel.errors import FlywheelError
@@ -68,6 +77,33 @@ def test_transformers_gives_our_raw_scores_on_right_padded_batches(saved: Path) 
         torch.float32, 1, ["LlamaForSequenceClassification"],
     )  # fmt: skip
     assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_other_families_come_back_as_they_were_saved(policy: Path, tmp_path: Path, family: str) -> None:
+    """Qwen2's classifier reads as ours does; GPT-2's is of another kind, so that its folder is for `AutoModel`."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    torch.manual_seed(1)
+    if family == "qwen2":
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_hidden_layers=3, **small)).save_pretrained(tmp_path)
+    else:
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=3, n_head=2)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one = trained(Pointwise, tmp_path)
+    assert isinstance(one, Pointwise)
+    export.save_pointwise(one, tmp_path / "pointwise")
+    again = export.load_pointwise(tmp_path / "pointwise", threads=1)
+    again.net.precision = torch.float32
+    assert again.score(PROMPTS, TEXTS) == one.score(PROMPTS, TEXTS)
+    assert (tmp_path / "pointwise" / "head.safetensors").exists() == (family == "gpt2")
+    if family == "gpt2":
+        return
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pointwise").eval()
+    (path,) = one.paths(PROMPTS[0], TEXTS[0][:1])
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([[token for segment in path for token in segment]])).logits.item()
+        assert one.raw([path]).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_loaded_is_what_was_trained(saved: Path, policy: Path) -> None:

@@ -48,8 +48,11 @@ class Pairwise:
     def prefers(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[float]:
-        """P(first is better than second) for each prompt; swapped replies give exactly one minus that."""
-        return [evened(p, q) for p, q in zip(*self.both_orders(prompts, firsts, seconds), strict=True)]
+        """P(first is better than second) per prompt; swapped replies give exactly one minus that, equal ones 0.5."""
+        orders = self.both_orders(prompts, firsts, seconds)
+        # rows of equal numbers may differ in a product's last bit, and equal replies cannot be laid out in one order
+        same = [a == b for a, b in zip(firsts, seconds, strict=True)]
+        return [0.5 if s else evened(p, q) for p, q, s in zip(*orders, same, strict=True)]
 
     def both_orders(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
