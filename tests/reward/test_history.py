@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ def test_every_generation_on_every_set(generations: list[Generation]):
 
 
 def test_the_ledger_gets_the_accuracy_on_the_new_policy(generations: list[Generation]):
-    for before, one in zip(generations, generations[1:], strict=False):
+    for before, one in pairwise(generations):
         cell = of(one.summary.history, before.past.generation, one.past.generation)
         assert one.summary.quality().new_policy == cell.pointwise
 
