@@ -13,14 +13,13 @@ from numpy.typing import ArrayLike
 
 from .. import intervals
 from ..records import Estimate, Preference
-from .calibration import calibrate, fit_temperature
+from .calibration import calibrate
 from .leans import Judged, judged_replies, leans
-from .metrics import Floats, area_under_curve, auc_by_group, calibration_error, rank_correlation
+from .metrics import Floats
 from .summary import BestOfN, Dimension, PreferenceEvaluation, Slice
 
 __all__ = [
-    "PreferenceEvaluation", "agreement", "area_under_curve", "auc_by_group", "best_of_n", "calibration_error",
-    "evaluate_preference", "fit_temperature", "length_match", "rank_correlation",
+    "PreferenceEvaluation", "agreement", "best_of_n", "evaluate_preference", "length_match", "slices_of", "strength",
 ]  # fmt: skip
 FEWEST_REPLIES = 4
 
