@@ -138,14 +138,14 @@ def pad(peer: Peer, paths: Sequence[Path], budget: int, device: str, *, full: bo
 
 
 def best_budget(peer: Peer, paths: Sequence[Path], device: str) -> int:
-    """The number of tokens a batch at which the peer scores some of the paths fastest, of two tries each."""
+    """The number of tokens a batch at which the peer scores some of the paths fastest, after a round to warm up."""
     some = paths[:: -(-len(paths) // TRIED)]
     longest = max(len(prompt) + len(reply) for prompt, reply in some)
     tried = {}
     for budget in BUDGETS:
         if budget >= longest or budget == BUDGETS[-1]:
             run = partial(pad(peer, some, budget, device).scores, peer)
-            tried[budget] = min(bench.seconds({"": lambda _, run=run: float(run().sum())}, 2, device)[""])
+            tried[budget] = min(bench.seconds({"": lambda _, run=run: float(run().sum())}, 1, device)[""])
     return min(tried, key=lambda budget: tried[budget])
 
 

@@ -38,6 +38,24 @@ def test_shared_prefix(tmp_path: Path) -> None:
     assert "--prompt-tokens 20" in figures["command"]
 
 
+def test_reward_scoring(tmp_path: Path) -> None:
+    """Two backbones, two workloads, two types; an encoder's peer has a row more: its ordinary full mask."""
+    figures, printed = run("reward_scoring.py", tmp_path, *TINY, "--encoder", "tiny", "--prompts", "2")
+    rows = figures["rows"]
+    assert len(rows) == 2 * 2 * (3 + 4)
+    assert figures["max_abs_diff"] < 1e-4
+    assert figures["minilm_max_abs_diff"] < 1e-4
+    assert figures["many_max_abs_diff"] < 1e-4
+    assert figures["minilm_many_max_abs_diff"] < 1e-4
+    by_name = {tuple(row[key] for key in ("backbone", "workload", "dtype", "contender")): row for row in rows}
+    packed = by_name["llama", "one prompt", "float32", "shared prefix, packed"]
+    padded = by_name["llama", "one prompt", "float32", "padded"]
+    assert figures["speedup"] == packed["speedup"] == pytest.approx(padded["seconds"] / packed["seconds"])
+    assert packed["work"] < padded["work"]
+    assert figures["packed_bytes"]["float32"] == 2 * figures["packed_bytes"]["bfloat16"] > 0
+    assert "padded, full mask" in printed
+
+
 def test_sampling(tmp_path: Path) -> None:
     figures, printed = run("sampling.py", tmp_path, *TINY, "--prompts", "3", "--shared-prompts", "2")
     installed = importlib.util.find_spec("ctranslate2") is not None
@@ -58,7 +76,11 @@ def test_sampling(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("chitchat_dataset") is None, reason="needs the chitchat-dataset package")
-def test_continue_real(tmp_path: Path) -> None:
-    figures, _ = run("continue_real.py", tmp_path, "--seeds", "1", "--keep", "0.002")
-    assert set(figures["auc"]) >= {"signal model", "TF-IDF + LR", "length only"}
-    assert figures["ratio_above_chance_to_tfidf"] > 0
+def test_signals_real(tmp_path: Path) -> None:
+    figures, printed = run("signals_real.py", tmp_path, "--only", "chitchat", "--seeds", "2", "--keep", "0.002")
+    auc = figures["chitchat"]["auc"]
+    assert set(auc) >= {"signal model", "signal model, reply only", "TF-IDF + LR", "length only"}
+    for name, area in auc.items():
+        assert area["mean"]["low"] < area["mean"]["value"] < area["mean"]["high"]
+        assert len(area["splits"]) == 2
+        assert name in printed

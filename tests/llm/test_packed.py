@@ -222,6 +222,14 @@ def test_gradients_are_refused() -> None:
         reading.states(model("llama"), [((5,), (6,))], [(0,)], packed=packed("llama"))
 
 
+def test_another_models_weights_are_refused() -> None:
+    with (
+        torch.no_grad(),
+        pytest.raises(FlywheelError, match="packed weights are those of another model: pack this one"),
+    ):
+        reading.states(model("bert"), [((5,), (6,))], [(0,)], packed=packed("llama"))
+
+
 def test_what_cannot_be_packed_is_said() -> None:
     with pytest.raises(FlywheelError, match=r"hidden_act = 'tanh', can be packed: silu, gelu, gelu_new, relu"):
         reading.pack(tiny_llama(hidden_act="tanh").model)

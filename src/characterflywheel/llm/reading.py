@@ -26,12 +26,14 @@ def states(model: Any, paths: Sequence[Path], read: Sequence[Sequence[int]], *, 
     scoring without gradients; it must be packed again when weights have changed.
 
     Raises FlywheelError for a path that is empty or longer than the model's window, a place outside its path, packed
-    weights under gradients, and packed weights that are no longer the model's.
+    weights under gradients, and packed weights that are not, or no longer, the model's.
     """
     _check(model, paths, read)
     shares = _shares_prefixes(model, max(map(_length, paths)))
     if packed is not None and torch.is_grad_enabled():
         raise FlywheelError("packed weights give no gradients: score under torch.no_grad() or leave `packed` out.")
+    if packed is not None and packed.model is not model:
+        raise FlywheelError("the packed weights are those of another model: pack this one.")
     if not shares:
         return padded.states(model, paths, read)
     if torch.is_grad_enabled():
