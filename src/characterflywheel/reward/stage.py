@@ -59,8 +59,10 @@ def train_rewards(
     kept, dropped = screened = screen.screen(sorted(pairs, key=_order), form)
     tables.write(work.folder / "dropped.parquet", Dropped, dropped)
     training, held_out = ([pair for pair in kept if pair.held_out is out] for out in (False, True))
+    screen.check_trainable(training, screened.reasons)
     split = split_gold(training, config.gold_share, derive_seed(work.seed, "gold"))
-    screen.check_trainable(split.proxy, screened.reasons)
+    for side in filter(None, split):
+        screen.check_trainable(side, screened.reasons)
     steps = {
         name: schedule(mine, config.pairs_per_step, config.epochs, derive_seed(work.seed, name))
         for name, mine in (("pointwise", split.proxy), ("pairwise", split.proxy), ("gold", split.gold))
