@@ -11,6 +11,7 @@ from test_page import browser, parse  # noqa: F401 - `browser` is a fixture
 
 from characterflywheel.records import ChatMessage, Estimate, Preference
 from characterflywheel.report import write_report
+from characterflywheel.report.rewards import comparison_sentence
 from characterflywheel.reward.evaluate import evaluate_preference
 from characterflywheel.reward.signals import Bias, Criterion, SignalReport
 from characterflywheel.reward.summary import Cell, RewardSummary
@@ -100,6 +101,15 @@ def test_every_part_is_drawn_from_the_stages_own_report(tmp_path: Path) -> None:
     assert "A perfectly calibrated model would show" in html
     assert "Equal as read" in html
     assert "<img" not in html  # a character's name is text
+
+
+def test_differences_are_told_with_their_direction() -> None:
+    below = summary()
+    over = below.pointwise.model_copy(update={"over_longer": fixture.about(-0.08, 0.1, 50)})
+    bias = below.pairwise.model_copy(update={"first_bias": fixture.about(0.03, 0.01, 50)})
+    told = comparison_sentence(below.model_copy(update={"pointwise": over, "pairwise": bias}))
+    assert "8.0 points (−2.0 to 18.0) below that of preferring the longer reply" in told
+    assert "favours the reply it reads first by 3.0 points (2.0 to 4.0)" in told
 
 
 @pytest.mark.parametrize("content", [None, '{"pairs_trained": 3, "pointwise": {"by_source": {}}}'])

@@ -117,7 +117,7 @@ def _totals(row: LedgerRow, summary: RewardSummary | None) -> Figure:
             tone = "new" if best.chance is None else beyond(best.accuracy, best.chance)
             rows.append(Row(f"{name} is the reviewers’", best.accuracy, note=chance, tick=best.chance, tone=tone))
         if swap is not None:
-            rows.append(Row("Same choice when swapped", swap, note="pairwise"))
+            rows.append(Row("Steady when swapped", swap, note="pairwise"))
         rows.append(Row("Both models agree", summary.models_agree))
     return dot_plot("reward_accuracy", rows, _shares(rows), zero=0.5)
 
@@ -259,16 +259,20 @@ def comparison_sentence(summary: RewardSummary) -> str:
     """What the model knows beyond length, and what it thinks of the first place."""
     over, bias, told = summary.pointwise.over_longer, summary.pairwise.first_bias, []
     if over.value is not None:
-        told.append(f"The pointwise model is right more often than the longer reply is by {_points(over)}.")
+        side = "above" if over.value >= 0 else "below"
+        told.append(f"The pointwise model’s accuracy is {_points(over)} {side} that of preferring the longer reply.")
     if bias is not None and bias.value is not None:
-        told.append(f"The pairwise model favours the reply it reads first by {_points(bias)}; both orders are read.")
+        place = "first" if bias.value >= 0 else "second"
+        told.append(f"The pairwise model favours the reply it reads {place} by {_points(bias)}; both orders are read.")
     return " ".join(told)
 
 
 def _points(estimate: Estimate) -> str:
-    low, high = estimate.low, estimate.high
-    span = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
-    return f"{100 * (estimate.value or 0):.1f} points{span}".replace("-", "−")
+    """The size of a difference of shares, with its interval turned to the same side."""
+    value = estimate.value or 0.0
+    edges = sorted(100 * edge * (1 if value >= 0 else -1) for edge in (estimate.low, estimate.high) if edge is not None)
+    span = f" ({edges[0]:.1f} to {edges[1]:.1f})" if len(edges) == 2 else ""
+    return f"{abs(100 * value):.1f} points{span}".replace("-", "−")
 
 
 def _matrix(cells: Sequence[Cell]) -> list[Figure]:
