@@ -202,9 +202,10 @@ class Scored(Record):
 class Rollout(Record):
     """A reply drawn by the policy while it learns.
 
-    `logprobs[t]` is the sampler's log-probability of `token_ids[t]`, at its temperature. `step` counts from 1, which
-    draws from the policy's start. `score` is the reward model's, `reward` what was learnt from: an unsafe reply has
-    its group's lowest.
+    `step` counts from 1, which draws from the policy's start. `logprobs[t]` is the sampler's log-probability of
+    `token_ids[t]`, at its temperature; `learner_logprobs` are the same of the weights that learn from it, None where
+    all replies to the prompt had one reward and it taught nothing. `score` is the reward model's, `reward` what was
+    learnt from: an unsafe reply has its group's lowest.
     """
 
     step: int
@@ -212,6 +213,7 @@ class Rollout(Record):
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    learner_logprobs: tuple[float, ...] | None = None
     score: float
     reward: float
 

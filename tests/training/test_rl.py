@@ -81,6 +81,7 @@ def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Pat
     assert (summary.entropy, summary.effective_share) == (None, None), "not measured is not zero"
     assert "effective samples unknown" in summary.line()
     assert {"loss", "entropy"}.isdisjoint(metrics(tmp_path)[0])
+    assert {r.learner_logprobs for r in tables.read(tmp_path / "rollouts.parquet", Rollout)} == {None}
     assert same_weights(tmp_path / "model", tiny_folder)
 
 
@@ -158,7 +159,11 @@ def test_every_rollout_is_kept_with_the_samplers_logprobs(tiny_folder: Path, tmp
     first = [r for r in rows if r.step == 1]
     with torch.no_grad():
         again = reply_logprobs(model, [(*form.prompt(asks[r.prompt_id]), r.token_ids) for r in first])
-    assert again.logprobs.tolist() == pytest.approx([v for r in first for v in r.logprobs], abs=0.2)  # bfloat16
+    for logs in ([v for r in first for v in r.logprobs], [v for r in first for v in r.learner_logprobs or r.logprobs]):
+        assert again.logprobs.tolist() == pytest.approx(logs, abs=0.2)  # bfloat16
+    learnt = {len({r.reward for r in rows[at : at + FEW.group]}) > 1 for at in range(0, len(rows), FEW.group)}
+    assert learnt == {True}
+    assert all(len(r.learner_logprobs or ()) == len(r.token_ids) for r in rows)
 
 
 def test_a_kl_term_holds_the_policy_back(tiny_folder: Path, tmp_path: Path) -> None:

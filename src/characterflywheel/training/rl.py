@@ -25,7 +25,7 @@ from ..llm.chat_format import ChatFormat
 from ..llm.native import NativeModel, fast_dtype, load_model
 from ..llm.shared_prefix import Path as TokenPath
 from ..llm.shared_prefix import reply_logprobs
-from ..pipeline import Work
+from ..pipeline import Work, write_atomically
 from ..progress import Advance
 from ..records import Candidate, ChatMessage, Prompt, Record, Rollout
 from ..safety.policy import SafetyPolicy
@@ -81,6 +81,13 @@ class Group(NamedTuple):
     texts: list[str]
 
 
+class Learnt(NamedTuple):
+    """What a step logs, and its policy's own log-probabilities of each rollout, None of one that taught nothing."""
+
+    metrics: dict[str, float]
+    logprobs: list[list[float] | None]
+
+
 def choose_prompts(
     prompts: Sequence[Prompt], scored: Sequence[Candidate], count: int, ordinary_share: float, seed: int
 ) -> list[Prompt]:
@@ -132,20 +139,26 @@ def train_rl(
         start = step * config.prompts_per_step
         batch = [prompts[(start + i) % len(prompts)] for i in range(config.prompts_per_step)]
         draw = partial(_roll_out, sampler, scorer, safety, batch, config, step + 1, derive_seed(work.seed, step))
-        rollouts = work.resumed(_kept(step + 1), Rollout, draw)
-        metrics = _learn(learner, _groups(rollouts, batch, sampler.format, config.group), config, reference)
-        learner.update(**metrics)
+        rollouts = work.resumed(f"drawn-{step + 1:06d}", Rollout, draw)  # a killed run draws none twice
+        groups = _groups(rollouts, batch, sampler.format, config.group)
+        learnt = _learn(learner, groups, config, reference)
+        _keep(work, step + 1, rollouts, learnt.logprobs)
+        learner.update(**learnt.metrics)
         on_progress(step + 1, config.steps)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
-    every = (tables.read_jsonl(work.partial / f"{_kept(s + 1)}.jsonl", Rollout) for s in range(config.steps))
+    every = (tables.read_jsonl(work.partial / f"learnt-{s + 1:06d}.jsonl", Rollout) for s in range(config.steps))
     tables.write(work.folder / "rollouts.parquet", Rollout, chain.from_iterable(every))
     return _summary(learner.log, config)
 
 
-def _kept(step: int) -> str:
-    """Where a step's rollouts lie until the stage is complete: a killed run draws none of them twice."""
-    return f"rollouts-{step:06d}"
+def _keep(work: Work, step: int, rollouts: Sequence[Rollout], logprobs: Sequence[Sequence[float] | None]) -> None:
+    """Put a step's rollouts aside until the stage is complete, before its update can be in a checkpoint."""
+    rows = [
+        rollout.model_copy(update={"learner_logprobs": None if logs is None else tuple(logs)})
+        for rollout, logs in zip(rollouts, logprobs, strict=True)
+    ]
+    write_atomically(work.partial / f"learnt-{step:06d}.jsonl", "".join(r.model_dump_json() + "\n" for r in rows))
 
 
 def _roll_out(
@@ -188,8 +201,8 @@ def _groups(rollouts: Sequence[Rollout], batch: Sequence[Prompt], form: ChatForm
     ]  # fmt: skip
 
 
-def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, reference: Any | None) -> dict[str, float]:
-    """Accumulate the gradient of one step over all rollouts; returns what to log.
+def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, reference: Any | None) -> Learnt:
+    """Accumulate the gradient of one step over all rollouts.
 
     Groups of equal rewards have no gradient (unless a KL term is on) and are left out of the pass; a step with no
     other group has nothing to say of loss, entropy or weights.
@@ -198,10 +211,13 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
     total = sum(len(path[-1]) for r in live for path in r.paths)
     sums = {"loss": 0.0, "entropy": 0.0, "weight_mean": 0.0, "effective_share": 0.0, "kl": 0.0}
     weight_max = 0.0
+    own: dict[int, list[list[float]]] = {}
     for group in micro_batches([(r, r.paths) for r in live]):
         paths = [path for _, several in group for path in several]
         with learner.autocast():
             now = reply_logprobs(learner.model, paths, temperature=config.temperature, device=learner.device)
+        values = iter(now.logprobs.tolist())
+        own |= {id(r): [[next(values) for _ in path[-1]] for path in several] for r, several in group}
         sampler = torch.cat([r.sampler for r, _ in group]).to(learner.device)
         advantage = torch.cat([r.advantage for r, _ in group]).to(learner.device)[now.path]
         out = losses.grpo(
@@ -226,7 +242,7 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
             parameter.grad = torch.zeros_like(parameter)
     rewards = torch.stack([r.rewards for r in rollouts])
     words = [len(text.split()) for r in rollouts for text in r.texts]
-    return {
+    metrics = {
         **(sums | {"weight_max": weight_max} if live else {}),
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std(1).mean().item(),
@@ -235,6 +251,7 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
         "tokens": float(sum(len(path[-1]) for r in rollouts for path in r.paths)),
         "trained_tokens": float(total),
     }
+    return Learnt(metrics, [logs for r in rollouts for logs in own.get(id(r), [None] * len(r.paths))])
 
 
 @torch.no_grad()
