@@ -15,7 +15,7 @@ from . import padded, prefix_encoder, shared_prefix
 from .packed import Packed
 from .shared_prefix import Path
 
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 4096
 
 
 def states(model: Any, paths: Sequence[Path], read: Sequence[Sequence[int]], *, packed: Packed | None = None) -> Tensor:
