@@ -40,7 +40,7 @@ from .workspace import Workspace
 
 S = TypeVar("S", bound=Record)
 Inputs = Mapping[str, Stage[Any]]
-VERSIONS: dict[str, int] = {}
+VERSIONS = {"annotate": 2, "reward": 2, "rejection_sampling": 2, "rl": 2}
 """A stage whose code changes what it makes gets a new version here, so that old artifacts are not served."""
 
 Oracle = Callable[[Bank], Truth]
