@@ -1,7 +1,7 @@
-"""Over-optimisation in the embedded world: does the proxy's choice still please the gold model at n = 64?
+"""Over-optimisation in the embedded world: does the proxy's choice still please the gold model?
 
     python benchmarks/overoptimisation.py --work FOLDER --workspace DIR [--proxy-prompts 6 24] [--seeds 2]
-        [--minutes M] [--json FILE]
+        [--questions 60] [--candidates 64] [--minutes M] [--json FILE]
 
 Best-of-n with exact order statistics and the forms of Gao, Schulman, Hilton (2022), by the product's own functions. The
 policy is the workspace's base model (CTranslate2, int8). The world's annotators review the replies that the workspace's
@@ -10,8 +10,8 @@ another seed. Candidates are drawn for prompts of users who are in neither. Besi
 truth, the mean utility of the replies to a crowd that no model learnt from: a check of the gold model itself that only
 a simulated world allows. Nothing is chosen by these curves.
 
-Finished pieces stay in `--work`; a killed run goes on, `--minutes` begins no new piece after. The workspace is only
-read.
+Finished pieces stay in `--work` and a killed run goes on. After `--minutes` no more prompts are answered, and the
+curves are over those that were. The workspace is only read.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch
 import bench
 import judges
 import record
+import reward_world
 import world
 from characterflywheel import intervals, tables, worlds
 from characterflywheel.characters import load_characters
@@ -65,21 +66,9 @@ class Sides(NamedTuple):
     held_out: list[Preference]
 
 
-class Clock:
-    """Ends the process before a piece that would begin too late."""
-
-    def __init__(self, minutes: float) -> None:
-        self.began, self.minutes = time.perf_counter(), minutes
-
-    def check(self, upcoming: str) -> None:
-        if time.perf_counter() - self.began > 60 * self.minutes:
-            raise SystemExit(f"{self.minutes:g} minutes are over: run again to go on with {upcoming}.")
-
-
-def kept(path: Path, clock: Clock, make: Callable[[], Numbers]) -> Numbers:
+def kept(path: Path, make: Callable[[], Numbers]) -> Numbers:
     """An array that is made once."""
     if not path.exists():
-        clock.check(path.stem)
         with path.with_suffix(".partial").open("wb") as file:
             np.save(file, make())
         path.with_suffix(".partial").replace(path)
@@ -118,15 +107,16 @@ def sides(pairs: Sequence[Preference], sizes: Sequence[int], held_out: int, seed
     return Sides({n: [p for prompt in mine[:n] for p in prompt] for n in sizes}, gold, [p for j in judged for p in j])
 
 
-def drawn(args: argparse.Namespace, prompts: Sequence[Prompt], clock: Clock) -> list[list[str]]:
-    """`--candidates` replies to each prompt, sampled in chunks of prompts."""
+def drawn(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
+    """`--candidates` replies to each prompt, sampled in chunks of prompts; those answered in `--minutes`, by id."""
     settings = Workspace.open(args.workspace).config()
-    found: list[list[str]] = []
+    began, found = time.perf_counter(), dict[str, list[str]]()
     model: CTranslate2Model | None = None
     for at in range(0, len(prompts), CHUNK):
         file = args.work / f"replies-{args.candidates}-{at:03d}.json"
         if not file.exists():
-            clock.check(file.stem)
+            if time.perf_counter() - began > 60 * args.minutes:
+                break
             model = model or CTranslate2Model.load(
                 base_model_folder(settings.models.base), "base", threads=args.threads, batch_replies=args.candidates,
                 max_prompt_tokens=settings.models.max_prompt_tokens,
@@ -139,9 +129,8 @@ def drawn(args: argparse.Namespace, prompts: Sequence[Prompt], clock: Clock) -> 
             )  # fmt: skip
             texts = {p.id: [one.text for one in several] for p, several in zip(some, replies, strict=True)}
             file.write_text(json.dumps(texts), encoding="utf-8")
-            print(f"{at + len(some)} of {len(prompts)} prompts answered, {time.perf_counter() - clock.began:.0f} s")
-        texts = json.loads(file.read_text(encoding="utf-8"))
-        found += [texts[p.id] for p in prompts[at : at + CHUNK]]
+            print(f"{at + len(some)} of {len(prompts)} prompts answered, {time.perf_counter() - began:.0f} s")
+        found |= json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
@@ -182,42 +171,45 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=24, help="prompts whose pairs only judge")
     parser.add_argument("--proxy-prompts", type=int, nargs="+", default=[6, 24], help="prompts a proxy learns from")
     parser.add_argument("--seeds", type=int, default=2, help="starts of each proxy's training")
+    parser.add_argument("--pairs", type=int, default=4, help="at most so many of a prompt train or judge")
     parser.add_argument("--reviewers", type=int, default=5, help="reviews of each prompt")
-    parser.add_argument("--questions", type=int, default=60, help="prompts that the curves are over")
+    parser.add_argument("--questions", type=int, default=60, help="prompts to answer for the curves")
     parser.add_argument("--candidates", type=int, default=64, help="N, replies to each of them")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no new piece after so many")
+    parser.add_argument("--minutes", type=float, default=1e9, help="draw no more replies after so many")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    about, clock = record.circumstances(args, bench.VERSIONS), Clock(args.minutes)
+    about = record.circumstances(args, bench.VERSIONS)
     data = world.make(args.work, args.workspace, reviewers=args.reviewers, seed=args.seed, threads=args.threads)
-    questions = asked(args.workspace, data, args.questions, args.seed)
-    replies = drawn(args, questions, clock)
+    wanted = asked(args.workspace, data, args.questions, args.seed)
+    texts = drawn(args, wanted)
+    questions = [prompt for prompt in wanted if prompt.id in texts]
+    replies = [texts[prompt.id] for prompt in questions]
+    size = f"{len(questions)}-{args.candidates}"
+    true = kept(args.work / f"truth-{size}.npy", partial(truth, args, questions, replies))
     config = RewardConfig()
     form = format.make(backbone_folder(judges.BASE), config.max_prompt_tokens, config.max_reply_tokens)
     pairs = screen.screen(world.pairs(data, args.reviewers, share=0.1, seed=args.seed), form).kept
-    parts = sides(pairs, args.proxy_prompts, args.held_out, args.seed)
+    parts = sides(reward_world.thin(pairs, args.pairs, args.seed), args.proxy_prompts, args.held_out, args.seed)
     judged, accuracy = {}, {}
-    contenders = {"gold": (parts.gold, GOLD_SEED)} | {
+    contenders = {
         f"proxy-{n}-seed{seed}": (parts.proxy[n], seed) for n in args.proxy_prompts for seed in range(args.seeds)
-    }
+    } | {"gold": (parts.gold, GOLD_SEED)}
     for name, (mine, seed) in contenders.items():
         file = f"{name}-{len(mine)}-pairs"
-        right, scores = (args.work / f"{file}-{what}.npy" for what in ("accuracy", "scores"))
+        right, scores = (args.work / f"{file}-{what}.npy" for what in ("accuracy", f"scores-{size}"))
         if not (right.exists() and scores.exists()):
-            clock.check(f"{name}, {len(mine)} pairs")
             model = judges.trained("pointwise", mine, config, seed, args.threads, args.work / f"{file}.weights")
             assert isinstance(model, Pointwise)
-            found = kept(right, clock, partial(judged_pairs, model, parts.held_out))
+            found = kept(right, partial(judged_pairs, model, parts.held_out))
             print(f"{name}: {len(mine)} pairs, right on {np.mean(found > 0):.0%} of {len(parts.held_out)} held out")
-            kept(scores, clock, partial(scored, model, questions, replies))
+            kept(scores, partial(scored, model, questions, replies))
         judged[name] = np.load(scores)
         accuracy[name] = intervals.share((np.sign(np.load(right)) + 1) / 2, [p.user_id for p in parts.held_out])
-    true = kept(args.work / "truth.npy", clock, lambda: truth(args, questions, replies))
     weights = resampled(len(questions), 1000, args.seed)
     where = [At(len(questions), n=n + 1) for n in range(args.candidates)]
 
