@@ -42,7 +42,7 @@ from characterflywheel.records import Estimate, Preference
 
 Ints = NDArray[np.int64]
 DRAWS, PROMPTS_AT_ONCE = 4000, 8
-TRAINED = ("one review", "majority of 3", "3 reviews")
+TRAINED, NETWORK = ("one review", "majority of 3", "3 reviews"), "network, "
 
 
 class Reviewed(NamedTuple):
@@ -64,6 +64,15 @@ class Tests(NamedTuple):
     single: tuple[Ints, Ints]
     consensus: tuple[Ints, Ints]
     majority: tuple[Ints, Ints]
+
+
+class Gains(NamedTuple):
+    """What one model is better than another on each test set; `apart`: on the consensus more than on single reviews."""
+
+    single: Estimate
+    consensus: Estimate
+    majority: Estimate
+    apart: Estimate
 
 
 def reviewed_world(data: world.World) -> Reviewed:
@@ -159,24 +168,30 @@ def right(score: NDArray[np.float64], data: Reviewed, test: tuple[Ints, Ints]) -
     return np.asarray((apart > 0) + 0.5 * (apart == 0), dtype=float)
 
 
-def gap_of_gaps(data: Reviewed, sets: Tests, new: NDArray[np.float64], old: NDArray[np.float64], seed: int) -> Estimate:
-    """(trained - untrained on consensus) - (trained - untrained on single reviews), percentile bootstrap by unit."""
+def gains(data: Reviewed, sets: Tests, new: NDArray[np.float64], old: NDArray[np.float64], seed: int) -> Gains:
+    """Accuracy of `new` less that of `old`, paired, percentile bootstrap by unit."""
     units, member = np.unique(data.unit, return_inverse=True)
     times = np.random.default_rng([seed, 5]).multinomial(len(units), np.full(len(units), 1 / len(units)), size=DRAWS)
-    values, draws = [], []
-    for test in (sets.consensus, sets.single):
+    values, draws = {}, {}
+    for name, test in sets._asdict().items():
         gain = right(new, data, test) - right(old, data, test)
         sums = np.bincount(member[test[0]], gain, len(units)), np.bincount(member[test[0]], minlength=len(units))
-        values.append(float(gain.mean()))
-        draws.append((times @ sums[0]) / np.maximum(times @ sums[1], 1))
-    low, high = np.quantile(draws[0] - draws[1], [0.025, 0.975])
-    return Estimate(value=values[0] - values[1], low=float(low), high=float(high), n=len(sets.consensus[0]))
+        values[name], draws[name] = float(gain.mean()), (times @ sums[0]) / np.maximum(times @ sums[1], 1)
+
+    def estimate(value: float, drawn: NDArray[np.float64], n: int) -> Estimate:
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return Estimate(value=value, low=float(low), high=float(high), n=n)
+
+    each = {name: estimate(values[name], draws[name], len(test[0])) for name, test in sets._asdict().items()}
+    apart = values["consensus"] - values["single"], draws["consensus"] - draws["single"]
+    return Gains(**each, apart=estimate(*apart, len(sets.consensus[0])))
 
 
 def compare(
     data: Reviewed, sets: Tests, score: dict[str, NDArray[np.float64]], seed: int
-) -> tuple[dict[str, dict[str, Estimate]], dict[str, dict[str, Estimate]]]:
-    """Accuracy of each model on each test set; the gap of gaps of each trained against each untrained model."""
+) -> tuple[dict[str, dict[str, Estimate]], dict[str, dict[str, Gains]]]:
+    """Accuracy of each model on each test set; what each trained one gains over each untrained one, and one review
+    over as many reviews spent on a majority of three."""
     accuracy = {
         name: {
             test: intervals.share(right(mine, data, rows), data.unit[rows[0]].tolist())
@@ -184,10 +199,15 @@ def compare(
         }
         for name, mine in score.items()
     }
-    trained = [name for name in score if name.removeprefix("network, ") in TRAINED]
+    trained = [name for name in score if name.removeprefix(NETWORK) in TRAINED]
     untrained = [name for name in score if name not in trained]
-    gaps = {a: {b: gap_of_gaps(data, sets, score[a], score[b], seed) for b in untrained} for a in trained}
-    return accuracy, gaps
+    duels = [(a, b) for a in trained for b in untrained]
+    duels += [(f"{kind}one review", f"{kind}majority of 3") for kind in ("", NETWORK)]
+    gained: dict[str, dict[str, Gains]] = {}
+    for a, b in duels:
+        if a in score and b in score:
+            gained.setdefault(a, {})[b] = gains(data, sets, score[a], score[b], seed)
+    return accuracy, gained
 
 
 def network_scores(
@@ -214,7 +234,7 @@ def network_scores(
             flat = dict(zip((i for m in by_prompt.values() for i in m), (s for m in scored for s in m), strict=True))
             file.write_text(json.dumps([flat[i] for i in range(len(data.names))]), encoding="utf-8")
             file.with_suffix(".weights").unlink(missing_ok=True)
-        found[f"network, {name}"] = np.array(json.loads(file.read_text(encoding="utf-8")))
+        found[f"{NETWORK}{name}"] = np.array(json.loads(file.read_text(encoding="utf-8")))
     return found
 
 
@@ -274,6 +294,7 @@ def main() -> None:
     parser.add_argument(
         "--dialogs", type=int, default=360, help="dialogs of the satisfaction set, a third of each source"
     )
+    parser.set_defaults(train_share=0.4)
     args = parser.parse_args()
     args.until = time.perf_counter() + 60 * args.minutes
     torch.set_num_threads(args.threads)
@@ -297,7 +318,7 @@ def main() -> None:
         figures[name] = measured(name, data, reads, source, agree, args)
     if "report" in args.do:
         show(about, figures)
-        record.write(args.json, about | figures)
+        record.write(args.json, about | plain(figures))
 
 
 def consensus_of_seven(votes: NDArray[np.int8]) -> NDArray[np.bool_]:
@@ -322,35 +343,39 @@ def measured(
         score = head_scores(data, reads, rows, seed)
         if source is not None and seed < args.network_seeds:
             score |= network_scores(data, source, rows, seed, args, "train" in args.do)
-        accuracy, gaps = compare(data, sets, score, seed)
+        accuracy, gained = compare(data, sets, score, seed)
         out.append(
             {"seed": seed, "trained_items": len(set(data.item[rows])), "units": len(set(data.unit[~inside])),
              "pairs": {test: len(found[0]) for test, found in sets._asdict().items()},
              "learned": {batch: len(pairs.first) for batch, pairs in batches(data, rows, seed).items()},
-             "accuracy": accuracy, "gaps": gaps}
+             "accuracy": accuracy,
+             "gains": {a: {b: gain._asdict() for b, gain in mine.items()} for a, mine in gained.items()}}
         )  # fmt: skip
     return out
 
 
 def show(about: dict[str, Any], figures: dict[str, Any]) -> None:
     """The tables."""
+    said = reward_world.said
+    sizes = [
+        (name, one["seed"], one["trained_items"], one["units"], *one["pairs"].values(), str(one["learned"]))
+        for name, seeds in figures.items() for one in seeds
+    ]  # fmt: skip
+    record.show(about, ("set", "seed", "items train", "units judge", *Tests._fields, "pairs learned"), sizes)
     for name, seeds in figures.items():
-        print(f"\n{name}")
-        for one in seeds:
-            print(f"seed {one['seed']}: {one['trained_items']} items train, {one['units']} users or dialogs judge")
-            print(f"  test pairs {one['pairs']}; pairs learned {one['learned']}")
+        print(f"\n{name}: accuracy")
         rows = [
-            (model, one["seed"], *(reward_world.said(mine[test]) for test in mine))
+            (model, one["seed"], *(said(mine[test]) for test in Tests._fields))
             for one in seeds for model, mine in one["accuracy"].items()
         ]  # fmt: skip
-        record.table(("model", "seed", "single review", "consensus", "majority"), sorted(rows))
-        print("\n(trained - untrained on consensus) - (trained - untrained on single reviews)")
-        gaps = [
-            (a, b, one["seed"], reward_world.said(gap), side_of_zero(gap))
-            for one in seeds for a, mine in one["gaps"].items() for b, gap in mine.items()
+        record.table(("model", "seed", *Tests._fields), sorted(rows))
+        print(f"\n{name}: what the first is better than the second; apart: on consensus more than on single reviews")
+        rows = [
+            (a, b, one["seed"], *(said(gain[part]) for part in ("single", "consensus", "apart")),
+             side_of_zero(gain["apart"]))
+            for one in seeds for a, mine in one["gains"].items() for b, gain in mine.items()
         ]  # fmt: skip
-        record.table(("trained", "untrained", "seed", "gap of gaps", "above 0"), sorted(gaps))
-    record.show(about, (), [])
+        record.table(("first", "second", "seed", "single", "consensus", "apart", "apart > 0"), sorted(rows))
 
 
 def side_of_zero(gap: Estimate) -> str:
@@ -358,6 +383,15 @@ def side_of_zero(gap: Estimate) -> str:
     if gap.low is None or gap.high is None:
         return "-"
     return "yes" if gap.low > 0 else "no" if gap.high < 0 else "cannot tell"
+
+
+def plain(value: Any) -> Any:
+    """Estimates as JSON."""
+    if isinstance(value, Estimate):
+        return value.model_dump()
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=300, help="of a workspace that is made")
     parser.add_argument("--candidates", type=int, default=6, help="replies to each of them")
     parser.add_argument("--reviewers", type=int, default=7, help="reviews of each prompt that are made")
-    parser.add_argument("--train-share", type=float, default=0.3, help="share of the prompts that train")
+    parser.add_argument("--train-share", type=float, default=0.2, help="share of the prompts that train")
     parser.add_argument("--seeds", type=int, default=3, help="splits by user, with another start of training each")
     parser.add_argument("--world-seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=RewardConfig().epochs)

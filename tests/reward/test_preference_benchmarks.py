@@ -151,13 +151,15 @@ def test_single_reviews_hide_what_consensus_shows(scripts: Namespace) -> None:
     assert np.all(np.abs(total) >= 5)
     assert np.array_equal(sets.consensus[1], (total > 0).astype(int))
     score = several.head_scores(data, reads, np.flatnonzero(inside), seed=0)
-    accuracy, gaps = several.compare(data, sets, score, seed=0)
+    accuracy, gained = several.compare(data, sets, score, seed=0)
     assert accuracy["likelihood"]["consensus"].value > accuracy["likelihood"]["single"].value  # it is the worth here
-    gap = gaps["3 reviews"]["random head"]
-    gains = [accuracy["3 reviews"][t].value - accuracy["random head"][t].value for t in ("consensus", "single")]
-    assert gap.value == pytest.approx(gains[0] - gains[1])
-    assert gap.low < gap.value < gap.high
-    assert gap.low > 0
+    gain = gained["3 reviews"]["random head"]
+    for test in ("single", "consensus", "majority"):
+        better = accuracy["3 reviews"][test].value - accuracy["random head"][test].value
+        assert getattr(gain, test).value == pytest.approx(better)
+    assert gain.apart.value == pytest.approx(gain.consensus.value - gain.single.value)
+    assert 0 < gain.apart.low < gain.apart.value < gain.apart.high
+    assert set(gained["one review"]) == {"random head", "likelihood", "old head", "majority of 3"}
 
 
 def test_labels_cost_as_many_reviews(scripts: Namespace) -> None:
