@@ -70,18 +70,21 @@ def dialogs(folder: Path) -> tuple[Rows, Counter[str]]:
     return found, ends
 
 
-def chitchat(scope: str, keep: float, seed: int) -> tuple[Rows, Counter[int]]:
+def chitchat(scope: str, keep: float, seed: int, most: int | None = None) -> tuple[Rows, Counter[int]]:
     """Replies of chitchat-dataset's conversations and whether the other person wrote again; the balance unsampled.
 
     The one who replies plays the character, the other the user. `replies` takes the first message of every turn but
     the opening: what follows it cannot depend on whether the other answered. `messages` takes every message after the
     opening turn, with its turn as far as it has come. All replies that were the last are kept, the others sampled with
-    one probability, which leaves every AUC unbiased.
+    one probability, which leaves every AUC unbiased. `most`: so many conversations, drawn by the seed; all if absent.
     """
     (path,) = (f for f in importlib.metadata.files("chitchat-dataset") or [] if str(f).endswith("dataset.json"))
     conversations = json.loads(Path(str(path.locate())).read_text(encoding="utf-8"))
     rng, found, balance = random.Random(seed), Rows([], []), Counter[int]()
-    for name in sorted(conversations):
+    names = sorted(conversations)
+    if most is not None:
+        names = sorted(random.Random(f"{seed} conversations").sample(names, min(most, len(names))))
+    for name in names:
         turns = conversations[name]["messages"]
         if len(turns) < 2:
             continue  # one person waited and nobody came: there is no reply to react to

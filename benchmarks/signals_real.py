@@ -179,7 +179,7 @@ def judge_thumbs(args: argparse.Namespace, encoder: Remembering) -> dict[str, ob
 
 
 def judge_chitchat(args: argparse.Namespace, encoder: Remembering) -> dict[str, object]:
-    rows, balance = chitchat(args.scope, args.keep, seed=0)
+    rows, balance = chitchat(args.scope, args.keep, seed=0, most=args.conversations)
     total = sum(balance.values())
     print(f"\nchitchat-dataset, {args.scope}: {total}; the other wrote again after {balance[1] / total:.1%}; "
           f"{len(rows.replies)} rows kept")  # fmt: skip
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many splits by person")
     parser.add_argument("--scope", choices=("replies", "messages"), default="replies", help="of chitchat-dataset")
     parser.add_argument("--keep", type=float, default=0.02, help="share kept of chitchat's replies that were answered")
+    parser.add_argument("--conversations", type=int, help="so many of chitchat's, for a first look; all if absent")
     parser.add_argument("--sessions", type=int, default=150, help="dialogs of each corpus with satisfaction ratings")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
