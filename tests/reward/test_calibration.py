@@ -141,6 +141,14 @@ def test_calibrate_tells_before_from_after():
     assert calibrate([1.0], [1.0], ["p"], seed=1) is None
 
 
+def test_a_temperature_that_does_not_help_other_prompts_is_not_kept():
+    margins, labels, prompts = world(150, 4, sharpness=3.0)
+    found = calibrate(margins, labels, prompts, seed=1)
+    assert found.applied == found.temperature
+    worse = found.model_copy(update={"log_loss_after": found.log_loss_before + 0.01})
+    assert worse.applied == 1.0
+
+
 def test_reliability_points_are_means_of_their_bins():
     first, second = reliability(np.array([0.95, 0.91, 0.3]), np.array([1.0, 0.0, 0.5]), ["a", "b", "c"])
     assert (first.confidence, first.agree.value, first.agree.n) == (pytest.approx(0.7), 0.5, 1)

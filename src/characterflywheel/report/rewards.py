@@ -242,10 +242,11 @@ def calibration_sentence(name: str, found: Calibration | None) -> str:
     if found is None or found.after.error.value is None:
         return f"{name}: calibration is not known; pairs of at least two prompts are needed."
     chance = found.after.by_chance
+    kept = "" if found.applied == found.temperature else " It is not kept: it raised the log loss on other prompts."
     by_chance = f" A perfectly calibrated model would show {chance:.3f} by chance." if chance is not None else ""
     return (
         f"{name}: expected calibration error {_error(found.before)} as trained, {_error(found.after)} with temperature "
-        f"{words.number(found.temperature)} (n {words.count(found.after.error.n)}).{by_chance}"
+        f"{words.number(found.temperature)} (n {words.count(found.after.error.n)}).{kept}{by_chance}"
     )
 
 

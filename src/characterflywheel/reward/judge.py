@@ -57,7 +57,7 @@ def judge(
 ) -> RewardSummary:  # fmt: skip
     """Evaluate saved models on held-out pairs; `dropped` counts by reason those that nothing could be learnt from.
 
-    `summary.pointwise.calibration.temperature` (and `pairwise`) is the one to keep with the models.
+    `summary.pointwise.calibration.applied` (and `pairwise`) is the one to keep with the models.
     """
     scored, compared = pointwise_margins(models.pointwise, held_out), pairwise_margins(models.pairwise, held_out)
     pointwise = evaluate_preference(held_out, scored.log_odds, scored.first, scored.second, seed=seed)

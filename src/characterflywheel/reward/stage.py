@@ -105,7 +105,7 @@ def train_rewards(
     cells = history.matrix(generation, own, held_out, past, threads=threads, device=device)
     summary = summary.model_copy(update={"history": cells})
     for model, judged in ((models.pointwise, summary.pointwise), (models.pairwise, summary.pairwise)):
-        model.temperature = judged.calibration.temperature if judged.calibration else 1.0
+        model.temperature = judged.calibration.applied if judged.calibration else 1.0
     models.save_settings(work.folder)
     (work.folder / "evaluation.json").write_text(summary.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary

@@ -48,6 +48,11 @@ class Calibration(Record):
     reliability_before: tuple[ReliabilityBin, ...] = ()
     reliability_after: tuple[ReliabilityBin, ...] = ()
 
+    @property
+    def applied(self) -> float:
+        """The temperature to keep: the fitted one if it lowered the log loss on other prompts, else none (1)."""
+        return self.temperature if self.log_loss_after < self.log_loss_before else 1.0
+
 
 class Lean(Record):
     """Rank correlation of the score with a style feature over the held-out replies.
