@@ -35,8 +35,9 @@ def models(stage: tuple[Path, RewardSummary]) -> RewardModels:
 
 def test_models_are_saved_with_the_temperature_that_was_judged(stage: tuple[Path, RewardSummary], models: RewardModels):
     summary = stage[1]
-    assert models.pointwise.temperature == summary.pointwise.calibration.applied != 1.0
-    assert models.pairwise.temperature == summary.pairwise.calibration.applied != 1.0
+    assert models.pointwise.temperature == summary.pointwise.calibration.applied
+    assert models.pairwise.temperature == summary.pairwise.calibration.applied
+    assert {models.pointwise.temperature, models.pairwise.temperature} != {1.0}
     sides = [p.prompt for p in HELD_OUT], [p.chosen[-1].content for p in HELD_OUT], [
         p.rejected[-1].content for p in HELD_OUT
     ]  # fmt: skip
