@@ -6,9 +6,10 @@
 Best-of-n with exact order statistics and the forms of Gao, Schulman, Hilton (2022), by the product's own functions. The
 policy is the workspace's base model (CTranslate2, int8). The world's annotators review the replies that the workspace's
 stages made. The users of those prompts are split: a few prompts' pairs train a proxy, all others' the gold model, with
-another seed. Candidates are drawn for prompts of users who are in neither. Beside the gold model stands the world's
-truth, the mean utility of the replies to a crowd that no model learnt from: a check of the gold model itself that only
-a simulated world allows. Nothing is chosen by these curves.
+another seed; once on the proxy's own backbone, as the product does, and once on an encoder. Candidates are drawn for
+prompts of users who are in neither. Beside the gold models stands the world's truth, the mean utility of the replies to
+a crowd that no model learnt from: a check of gold itself that only a simulated world allows. Nothing is chosen by these
+curves.
 
 Finished pieces stay in `--work` and a killed run goes on. After `--minutes` no more prompts are answered, and the
 curves are over those that were. The workspace is only read.
@@ -56,6 +57,7 @@ from characterflywheel.workspace import Workspace
 CHUNK = 6
 CROWD = 200
 GOLD_SEED = 1000  # no proxy's
+GOLDS = {"gold": None, "gold on an encoder": judges.ENCODER}  # None: the proxy's own backbone
 
 
 class Sides(NamedTuple):
@@ -197,13 +199,15 @@ def main() -> None:
     parts = sides(reward_world.thin(pairs, args.pairs, args.seed), args.proxy_prompts, args.held_out, args.seed)
     judged, accuracy = {}, {}
     contenders = {
-        f"proxy-{n}-seed{seed}": (parts.proxy[n], seed) for n in args.proxy_prompts for seed in range(args.seeds)
-    } | {"gold": (parts.gold, GOLD_SEED)}
-    for name, (mine, seed) in contenders.items():
-        file = f"{name}-{len(mine)}-pairs"
+        f"proxy-{n}-seed{seed}": (parts.proxy[n], seed, config)
+        for n in args.proxy_prompts
+        for seed in range(args.seeds)
+    } | {name: (parts.gold, GOLD_SEED, RewardConfig(backbone=backbone)) for name, backbone in GOLDS.items()}
+    for name, (mine, seed, how) in contenders.items():
+        file = f"{name.replace(' ', '-')}-{len(mine)}-pairs"
         right, scores = (args.work / f"{file}-{what}.npy" for what in ("accuracy", f"scores-{size}"))
         if not (right.exists() and scores.exists()):
-            model = judges.trained("pointwise", mine, config, seed, args.threads, args.work / f"{file}.weights")
+            model = judges.trained("pointwise", mine, how, seed, args.threads, args.work / f"{file}.weights")
             assert isinstance(model, Pointwise)
             found = kept(right, partial(judged_pairs, model, parts.held_out))
             print(f"{name}: {len(mine)} pairs, right on {np.mean(found > 0):.0%} of {len(parts.held_out)} held out")
@@ -218,12 +222,14 @@ def main() -> None:
                      replies=proxy.size, ties=best_of_n.ties(proxy))  # fmt: skip
 
     curves: dict[str, dict[str, OptimisationCurve]] = {
-        name: {"gold": measured(scores, judged["gold"]), "truth": measured(scores, true)}
-        for name, scores in judged.items() if name != "gold"
-    } | {"gold": {"truth": measured(judged["gold"], true)}}  # fmt: skip
-    show(about, args, curves, accuracy, {name: len(mine) for name, (mine, _) in contenders.items()})
+        name: {by: measured(scores, judged[by]) for by in GOLDS if name not in GOLDS}
+        | {"truth": measured(scores, true)}
+        for name, scores in judged.items()
+    }
+    sizes = {name: len(mine) for name, (mine, _, _) in contenders.items()}
+    show(about, args, curves, accuracy, sizes)
     record.write(args.json, about | {
-        "pairs": {name: len(mine) for name, (mine, _) in contenders.items()},
+        "prompts": len(questions), "pairs": sizes,
         "held_out_pairs": len(parts.held_out),
         "accuracy": {name: one.model_dump() for name, one in accuracy.items()},
         "curves": {f"{name}, {by}": one.model_dump(mode="json") for name, both in curves.items()
