@@ -8,8 +8,18 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from characterflywheel.errors import FlywheelError
+from characterflywheel.ids import derive_seed
 from characterflywheel.reward.metrics import area_under_curve, calibration_error
-from characterflywheel.reward.signals import PENALTIES, choose_penalty, cross_fit, fit, folds, platt, temperature
+from characterflywheel.reward.signals import (
+    PENALTIES,
+    choose_penalty,
+    cross_fit,
+    fit,
+    folds,
+    logistic,
+    platt,
+    temperature,
+)
 from characterflywheel.reward.signals.logistic import balance, frame
 from characterflywheel.reward.signals.probabilities import cross_fitted, miscalibration
 
@@ -111,14 +121,18 @@ def test_cross_fit_cannot_know_what_only_identifies_a_user():
     assert area_under_curve(y, seen) == 1.0
 
 
-def test_own_labels_do_not_choose_the_penalty_they_are_judged_with():
-    """Flipping one fold's labels changes other folds' models, and of its own rows only by the penalty of the others."""
+def test_a_folds_own_labels_do_not_change_its_predictions_at_one_penalty(monkeypatch: pytest.MonkeyPatch):
+    """Flip every label of one fold: what is said of its rows stays, what is said of the others changes."""
     x, y = example(400, seed=5)
     users = [f"u{i % 50}" for i in range(400)]
+    assert choose_penalty(x, y[:, None], users, seed=2)[0] in PENALTIES
+    monkeypatch.setattr(logistic, "PENALTIES", (2.0,))
     before = cross_fit(x, y[:, None], users, seed=2)
-    assert before.penalty[0] in PENALTIES
-    assert choose_penalty(x, y[:, None], users, seed=2) == before.penalty
     assert area_under_curve(y, before.ranks[:, 0]) > 0.7
+    mine = folds(users, 5, derive_seed(2, "outer")) == 0
+    after = cross_fit(x, np.where(mine, 1 - y, y)[:, None], users, seed=2)
+    assert np.array_equal(before.logits[mine], after.logits[mine])
+    assert not np.allclose(before.logits[~mine], after.logits[~mine])
 
 
 def test_ranks_of_pure_noise_are_not_worse_than_chance():

@@ -181,8 +181,8 @@ def cross_fit(
 ) -> HeldOut:
     """Predictions for every row by cross-fitting over groups. Needs two groups.
 
-    A fold's penalty is, label by label, the one with the least log loss on the other folds: the rows it is used on
-    have no say in it. With one penalty for all folds the choice would have seen them.
+    A fold's penalty is, label by label, the one with the least log loss on the other folds: how well it does on the
+    rows it is used on has no say. The frame, which looks at no label, is that of all rows.
     """
     count = min(count, len(set(groups)))
     if count < 2:
