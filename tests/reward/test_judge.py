@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,19 +34,25 @@ def models(stage: tuple[Path, RewardSummary]) -> RewardModels:
     return RewardModels.load(stage[0], Letters(), threads=1)
 
 
-def test_models_are_saved_with_the_temperature_that_was_judged(stage: tuple[Path, RewardSummary], models: RewardModels):
+def test_models_are_saved_with_the_temperature_that_was_judged(
+    stage: tuple[Path, RewardSummary], models: RewardModels, tmp_path: Path
+):
     summary = stage[1]
     assert models.pointwise.temperature == summary.pointwise.calibration.applied
     assert models.pairwise.temperature == summary.pairwise.calibration.applied
-    assert {models.pointwise.temperature, models.pairwise.temperature} != {1.0}
-    sides = [p.prompt for p in HELD_OUT], [p.chosen[-1].content for p in HELD_OUT], [
-        p.rejected[-1].content for p in HELD_OUT
-    ]  # fmt: skip
-    for model, margins in (
-        (models.pointwise, pointwise_margins(models.pointwise, HELD_OUT)),
-        (models.pairwise, pairwise_margins(models.pairwise, HELD_OUT)),
-    ):
-        assert model.prefers(*sides) == pytest.approx(expit(np.array(margins.log_odds) / model.temperature), abs=1e-6)
+    shutil.copytree(stage[0], tmp_path / "copy")
+    again = RewardModels.load(tmp_path / "copy", Letters(), threads=1)
+    again.pointwise.temperature, again.pairwise.temperature = 1.7, 0.6
+    again.save_settings(tmp_path / "copy")
+    cooled = RewardModels.load(tmp_path / "copy", Letters(), threads=1)
+    prompts = [p.prompt for p in HELD_OUT]
+    chosen, rejected = ([side(p)[-1].content for p in HELD_OUT] for side in (lambda p: p.chosen, lambda p: p.rejected))
+    raw = pointwise_margins(models.pointwise, HELD_OUT), pairwise_margins(models.pairwise, HELD_OUT)
+    for model, margins, temperature in zip((cooled.pointwise, cooled.pairwise), raw, (1.7, 0.6), strict=True):
+        expected = expit(np.array(margins.log_odds) / temperature)
+        assert model.prefers(prompts, chosen, rejected) == pytest.approx(expected, abs=1e-6)
+    # margins are the same whatever the temperature
+    assert pairwise_margins(cooled.pairwise, HELD_OUT).log_odds == pytest.approx(raw[1].log_odds, abs=1e-6)
 
 
 def test_judging_calibrated_models_again_gives_the_same_report(stage: tuple[Path, RewardSummary], models: RewardModels):
