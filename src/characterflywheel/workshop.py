@@ -324,7 +324,8 @@ class Workshop:
         traffic = work.inputs["traffic"].folder
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
         judged_on = {p.user_id for p in prompts if p.split in ("evaluate", "experiment")}
-        conversations = [c for c in conversations_from_export(traffic) if c.user_id not in judged_on]
+        everything = conversations_from_export(traffic, alternatives=True)  # what was regenerated away was judged too
+        conversations = [c for c in everything if c.user_id not in judged_on]
         with progress("reward") as advance:
             return train_rewards(
                 work, self.config.reward, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),

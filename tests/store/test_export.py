@@ -140,6 +140,8 @@ def test_regenerated_replies_are_all_exported_and_one_is_in_the_conversation(tmp
     assert tables.read(tmp_path / "x" / "messages.parquet", Message)[-1] == again
     (ann,) = conversations_from_export(tmp_path / "x")
     assert [message.id for message in ann.messages] == ["user-0", "assistant-0", "user-2", "again"]
+    (whole,) = (c for c in conversations_from_export(tmp_path / "x", alternatives=True) if c.id == ann.id)
+    assert [message.id for message in whole.messages][-2:] == ["assistant-2", "again"]
 
 
 def test_the_same_window_gives_the_same_bytes_on_every_database(

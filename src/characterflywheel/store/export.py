@@ -65,16 +65,19 @@ def export(
         tables.write_jsonl(folder / "characters.jsonl", map(Character.model_validate_json, found.all()))
 
 
-def conversations_from_export(folder: Path) -> list[Conversation]:
+def conversations_from_export(folder: Path, *, alternatives: bool = False) -> list[Conversation]:
     """The conversations of an export, each with its messages of the window in order.
 
-    Where replies have alternatives, the messages are those on the way to the newest one: see `paths.path`.
+    Where replies have alternatives, the messages are those on the way to the newest one (see `paths.path`), or, with
+    `alternatives`, all of them in order of arrival, each with its parent.
     """
     said: dict[str, list[Message]] = {}
     for message in tables.read(folder / "messages.parquet", Message):
         said.setdefault(message.conversation_id, []).append(message)
     return [
-        conversation.model_copy(update={"messages": tuple(path(said[conversation.id]))})
+        conversation.model_copy(
+            update={"messages": tuple(said[conversation.id] if alternatives else path(said[conversation.id]))}
+        )
         for conversation in tables.read(folder / "conversations.parquet", Conversation)
     ]
 
