@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
+from characterflywheel.errors import FlywheelError
 from characterflywheel.llm import shared_prefix
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.records import ChatMessage
@@ -132,7 +133,10 @@ def view(reads: Reads, pooling: str, depth: int) -> Floats:
 
 def fit_head(reads: Reads, pairs: Pairs, penalties: Sequence[float] = PENALTIES, folds: int = 3) -> Head:
     """The head with the least cross-validated log loss over `folds` parts of the pairs that share no group."""
-    parts = list(GroupKFold(folds).split(pairs.first, groups=pairs.group))
+    count = min(folds, len(np.unique(pairs.group)))
+    if count < 2:
+        raise FlywheelError(f"a head's layer is chosen across prompts: {count} is too few, give at least 2.")
+    parts = list(GroupKFold(count).split(pairs.first, groups=pairs.group))
     best: tuple[float, tuple[str, int, float]] | None = None
     for pooling in ("last", "mean"):
         for depth in range(reads.last.shape[1]):
