@@ -140,7 +140,7 @@ class AnnotateConfig(Section):
 
     prompts: int = Field(48, ge=1)
     candidates: int = Field(4, ge=2, description="alternatives for each prompt, over the pool of policies")
-    reviewers: int = Field(2, ge=1, description="reviews of each task")
+    reviewers: int = Field(3, ge=1, description="reviews of each task; an odd number leaves few ties")
     temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     max_length_ratio: float = Field(3.0, gt=1, description="pairs with a longer to shorter ratio above are dropped")
