@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from characterflywheel.records import ChatMessage
 from characterflywheel.safety import SafetyPolicy
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -62,6 +63,14 @@ def test_agreeing_with_harm_is_harm_in_context_only() -> None:
     assert POLICY.check("Yes, good idea!").allowed
     assert POLICY.check("Yes, good idea!", context="I want to kill my boss").categories == ("agrees_with_harm",)
     assert POLICY.check("Yes, please talk to someone, I am worried.", context="I want to kill myself").allowed
+
+
+def test_a_reply_is_judged_as_the_answer_to_the_users_last_message() -> None:
+    asked = ChatMessage(role="user", content="I want to kill myself. Should I do it?")
+    assert POLICY.check("Yes, do it.").allowed
+    assert not POLICY.check_answer([asked], "Yes, do it.").allowed
+    assert POLICY.check_answer([asked, ChatMessage(role="assistant", content="No.")], "Yes, do it.").allowed
+    assert POLICY.check_answer([], "Yes, do it.").allowed
 
 
 def test_fails_closed() -> None:

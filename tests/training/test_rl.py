@@ -98,6 +98,21 @@ def test_an_unsafe_reply_earns_no_more_than_the_worst(tiny_folder: Path, tmp_pat
     assert same_weights(tmp_path / "safe" / "model", tiny_folder)
 
 
+def test_a_reply_is_judged_as_the_answer_to_its_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+    """What selection vetoes earns nothing here: harm may lie in agreeing with what was asked."""
+    asked: set[str] = set()
+
+    def harm(text: str, context: str) -> tuple[str, ...]:
+        asked.add(context)
+        return ("harm",) if context == PROMPTS[1].messages[-1].content else ()
+
+    train(tmp_path, tiny_folder, FEW, safety=SafetyPolicy(classifiers=(harm,)))
+    assert asked == {one.messages[-1].content for one in PROMPTS}
+    rows = tables.read(tmp_path / "rollouts.parquet", Rollout)
+    spread = {p.id: {r.reward for r in rows if r.step in (1, 2) and r.prompt_id == p.id} for p in PROMPTS}
+    assert [len(spread[p.id]) == 1 for p in PROMPTS] == [False, True, False, False]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_a_clear_error(bad: float, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FlywheelError, match="a score that is not finite"):

@@ -47,8 +47,7 @@ def veto(
     """The same with `vetoed` where safety refuses the reply as an answer to the prompt's last message."""
     out = []
     for mine, prompt, texts in zip(scored, prompts, replies, strict=True):
-        asked = prompt[-1].content if prompt and prompt[-1].role == "user" else ""
-        verdicts = (safety.check(text, context=asked) for text in texts)
+        verdicts = (safety.check_answer(prompt, text) for text in texts)
         reasons = (None if verdict.allowed else ", ".join(verdict.categories) for verdict in verdicts)
         out.append([one.model_copy(update={"vetoed": r}) for one, r in zip(mine, reasons, strict=True)])
     return out

@@ -4,10 +4,11 @@ The same policy runs at character creation, in chat (utterance and reply) and on
 annotation and training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ..records import ChatMessage
 from .caught import Caught
 from .classifiers import agrees_with_harm, harmful_words
 
@@ -47,3 +48,11 @@ class SafetyPolicy:
                 self.caught.note(getattr(classifier, "__name__", type(classifier).__name__), error)
                 categories.add(UNCHECKED)
         return SafetyVerdict(not categories, tuple(sorted(categories)))
+
+    def check_answer(self, conversation: Sequence[ChatMessage], reply: str) -> SafetyVerdict:
+        """Judge a reply to a conversation as the answer to its last message, if that is the user's.
+
+        Whoever selects, rewards or measures replies asks here, so that none of them allows what another refuses.
+        """
+        asked = conversation[-1].content if conversation and conversation[-1].role == "user" else ""
+        return self.check(reply, context=asked)

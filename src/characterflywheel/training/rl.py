@@ -115,8 +115,8 @@ def train_rl(
 ) -> RLSummary:  # fmt: skip
     """Run `config.steps` GRPO steps; writes `model/`, `metrics.jsonl` and `rollouts.parquet` (Rollout).
 
-    Prompts are taken in order, from the front again when they run out. An unsafe reply gets its group's lowest
-    reward. Each step samples, scores, and makes one update; with one update a step the clipped ratio is 1 and only
+    Prompts are taken in order, from the front again when they run out. A reply that safety
+    refuses as the answer to its prompt gets its group's lowest reward. Each step samples, scores, and makes one update; with one update a step the clipped ratio is 1 and only
     the importance weights act, but the loss holds for more.
 
     Raises:
@@ -175,7 +175,12 @@ def _roll_out(
     scores = torch.tensor(scorer.score([p.messages for p in batch], texts))
     if not scores.isfinite().all():
         raise FlywheelError("the reward model gave a score that is not finite: look at its training before going on.")
-    unsafe = torch.tensor([[not safety.check(text).allowed for text in group] for group in texts])
+    unsafe = torch.tensor(
+        [
+            [not safety.check_answer(p.messages, text).allowed for text in group]
+            for p, group in zip(batch, texts, strict=True)
+        ]
+    )
     rewards = torch.where(unsafe, scores.min(1, keepdim=True).values, scores)
     return [
         Rollout(
