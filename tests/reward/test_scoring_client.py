@@ -164,14 +164,106 @@ def test_a_busy_server_is_asked_again_when_it_says():
     assert 0.2 <= pauses[2] <= 0.4
 
 
-def test_a_server_that_stays_busy_is_given_up():
-    server = Server(*[refusal(429, "busy")] * 50)
+class Time:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def ask_over(address: str, time: Time) -> list[list[float]]:
+    connection = Connection(address, CARD.id, clock=time.clock, sleep=time.sleep)
+    rewards = RemoteRewards(connection, CARD)
+    try:
+        return rewards.pointwise.score(PROMPTS[:1], [["tea"]])
+    finally:
+        rewards.close()
+
+
+def test_a_busy_server_is_alive_and_uses_up_no_patience():
+    server, time = Server(*[refusal(429, "busy", Retry_After="60")] * 20), Time()
+    with server.running() as address:
+        assert ask_over(address, time) == [[3.0]]
+    assert time.now == 1200.0
+
+
+def test_a_server_that_stays_busy_for_an_hour_is_given_up():
+    server, time = Server(*[refusal(429, "busy", Retry_After="60")] * 99), Time()
+    with server.running() as address, pytest.raises(FlywheelError, match=r"busy for 3600 s \(429: not now\): wait"):
+        ask_over(address, time)
+    assert len(server.asked) == 61
+
+
+def test_a_proxy_before_a_server_that_is_away_is_given_up():
+    server, time = Server(*[refusal(502, "proxy")] * 99), Time()
     with (
-        connected(server, patience_s=0.5) as rewards,
-        pytest.raises(FlywheelError, match=r"did not answer in \d+ tries over 0 s \(429: not now\): start it with"),
+        server.running() as address,
+        pytest.raises(FlywheelError, match=r"did not answer in \d+ tries over \d\d s \(502: not now\): start it with"),
     ):
-        rewards.composite(PROMPTS, REPLIES)
-    assert 2 < len(server.asked) < 10
+        ask_over(address, time)
+    assert 50 < time.now < 60
+
+
+@contextmanager
+def losing(time: Time, times: int) -> Iterator[str]:
+    """A server that computes for 61 s and goes, this often, and then answers."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    body = ScoreAnswer(model=CARD.id, scores=[[3.0]]).model_dump_json().encode()
+
+    def answer() -> None:
+        for i in range(times + 1):
+            try:
+                taken, _ = listener.accept()
+            except OSError:
+                return
+            taken.recv(65536)
+            time.now += 61.0
+            if i == times:
+                taken.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
+                )
+            taken.close()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def test_a_request_that_was_lost_while_it_was_computed_is_asked_again():
+    time = Time()
+    with losing(time, 2) as address:
+        assert ask_over(address, time) == [[3.0]]
+    assert time.now > 180
+
+
+def test_a_request_that_takes_every_server_down_is_given_up():
+    time = Time()
+    with losing(time, 9) as address, pytest.raises(FlywheelError, match="took a request 3 times and never answered"):
+        ask_over(address, time)
+
+
+def test_what_a_server_failed_at_is_asked_once_more():
+    server = Server(refusal(500, "internal_error"))
+    with connected(server) as rewards:
+        assert rewards.pointwise.score(PROMPTS[:1], [["tea"]]) == [[3.0]]
+    server = Server(*[refusal(500, "internal_error")] * 9)
+    with connected(server) as rewards, pytest.raises(FlywheelError, match="refuses: 500: not now"):
+        rewards.pointwise.score(PROMPTS, REPLIES)
+    assert len(server.asked) == 2
+
+
+def test_an_empty_prompt_is_said():
+    with connected(Server()) as rewards, pytest.raises(FlywheelError, match="prompt 1 has no message"):
+        rewards.pointwise.score([PROMPTS[0], ()], [["tea"], ["tea"]])
 
 
 def test_a_server_that_is_down_is_waited_for_and_then_given_up():

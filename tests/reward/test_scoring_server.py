@@ -85,6 +85,10 @@ def test_scores_over_http_are_those_of_the_models(remote: RemoteRewards, models:
     assert remote.pointwise.prefers(PROMPTS, firsts, seconds) == models.pointwise.prefers(PROMPTS, firsts, seconds)
 
 
+def test_equal_replies_are_equal(remote: RemoteRewards):
+    assert remote.pairwise.prefers(PROMPTS, ["tea", "no", "sea"], ["tea", "yes", "sea"])[::2] == [0.5, 0.5]
+
+
 def test_nothing_to_score_is_nothing(remote: RemoteRewards, models: RewardModels):
     assert remote.composite([], []) == models.composite([], []) == []
     assert remote.pointwise.score([asks("Hi"), asks("Ho")], [[], ["a"]])[0] == []
@@ -279,6 +283,21 @@ def test_a_full_queue_says_when_to_come_back_and_a_stopped_one_says_so(models: R
     assert not worker.alive
 
 
+def test_who_would_wait_too_long_is_told_to_come_back(models: RewardModels):
+    slow = Slow(models)
+    worker = Worker(slow, "m", Limits(max_wait_s=0.015))
+    worker.put(requests()[0])
+    while worker._jobs:
+        time.sleep(0.001)
+    waiting = worker.put(requests()[1])
+    assert requests()[1].texts * worker._pace > 0.015
+    with pytest.raises(Full):
+        worker.put(requests()[2])
+    slow.go.set()
+    assert waiting.result(10)
+    worker.stop()
+
+
 def test_busy_over_http_is_429_with_retry_after(models: RewardModels, folder: Path):
     slow = Slow(models)
     body = {"prompts": [said(PROMPTS[0])], "replies": [["tea"]], "by": "pointwise"}
@@ -316,6 +335,7 @@ def test_what_cannot_be_scored_is_said_in_openais_shape(address: str):
     body = {"prompts": [said(PROMPTS[0])], "replies": [["tea"]]}
     cases = [
         ("/v1/score", {**body, "replies": []}, 422, "1 prompts, replies to 0: give a list for each"),
+        ("/v1/score", {**body, "prompts": [[]]}, 422, "prompts.0: Tuple should have at least 1 item"),
         ("/v1/score", {**body, "by": "taste"}, 422, "by: Input should be"),
         ("/v1/score", {**body, "more": 1}, 422, "more: Extra inputs are not permitted"),
         ("/v1/score", {**body, "replies": [["x"] * 1025]}, 422, "1025 in one request, at most 1024: split it"),

@@ -124,15 +124,15 @@ class Worker:
         """Queue a request.
 
         Raises:
-            Full: the queue is.
+            Full: the queue is, or is too long to wait for.
             Closing: nothing is scored any more.
         """
         with self._wake:
             if self._stopped:
                 raise Closing
-            if len(self._jobs) >= self._limits.max_waiting:
-                ahead = sum(job.request.texts for job in self._jobs)
-                raise Full(len(self._jobs), min(60, max(1, math.ceil(ahead * self._pace))))
+            wait = sum(job.request.texts for job in self._jobs) * self._pace
+            if len(self._jobs) >= self._limits.max_waiting or wait > self._limits.max_wait_s:
+                raise Full(len(self._jobs), min(60, max(1, math.ceil(wait))))
             job = _Job(request)
             self._jobs.append(job)
             self._wake.notify()
@@ -225,7 +225,8 @@ class Worker:
             won = self._models.pointwise.prefers(prompts, firsts, seconds)
             return [PreferAnswer(model=self._model, probabilities=won[span]) for span in spans]
         one, two = self._models.pairwise.both_orders(prompts, firsts, seconds)
-        won = [evened(p, q) for p, q in zip(one, two, strict=True)]
+        same = [a == b for a, b in zip(firsts, seconds, strict=True)]
+        won = [0.5 if s else evened(p, q) for p, q, s in zip(one, two, same, strict=True)]
         return [
             PreferAnswer(model=self._model, probabilities=won[span], orders=(one[span], two[span])) for span in spans
         ]

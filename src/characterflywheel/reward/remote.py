@@ -1,8 +1,8 @@
 """Reward models on a scoring server, used as if they were here (`server`, `wire`); no torch is imported.
 
 A stage names the models that it was planned with, and every answer names the models that gave it: another server
-behind the address, or one that was restarted with other models, is an error and never a score. A server that is busy
-or away is asked again, ever more slowly, for `patience_s`.
+behind the address, or one that was restarted with other models, is an error and never a score. A server that is away
+is asked again for `patience_s`, one that is busy for `busy_s`; what it refuses, or fails at twice, is an error.
 """
 
 import itertools
@@ -26,7 +26,13 @@ from .selection import Conversations, veto
 from .wire import KEY_VARIABLE, Card, Limits, PreferAnswer, PreferRequest, ScoreAnswer, ScoreRequest, model_id
 
 PATIENCE_S = 60.0
-TIMEOUT_S = 600.0
+"""How long a server may be away, as when it is started again."""
+BUSY_S = 3600.0
+"""How long a server that is there may say that it has no time."""
+TIMEOUT_S = 1800.0
+"""How long it may compute one request, with what was in the queue before (`Limits.max_wait_s`)."""
+_LOSSES = 3
+_BUSY, _PROXY = (429, 503), (502, 504)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _FINAL = frozenset({"score_not_finite"})
 A = TypeVar("A", bound=BaseModel)
@@ -37,8 +43,8 @@ class Connection:
 
     def __init__(
         self, address: str, model: str | None = None, *, key: str | None = None, patience_s: float = PATIENCE_S,
-        timeout_s: float = TIMEOUT_S, start: str = "flywheel score DIR", clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        busy_s: float = BUSY_S, timeout_s: float = TIMEOUT_S, start: str = "flywheel score DIR",
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         """`key` is taken from the environment where absent; `start` is the command that an error recommends.
 
@@ -51,7 +57,8 @@ class Connection:
         if not (key.isascii() and key.isprintable()):
             raise FlywheelError(f"the key in {KEY_VARIABLE} has characters that cannot be sent: set it again.")
         self.address, self.model = address.rstrip("/"), model
-        self._patience_s, self._start, self._clock, self._sleep = patience_s, start, clock, sleep
+        self._patience_s, self._busy_s, self._start = patience_s, busy_s, start
+        self._clock, self._sleep = clock, sleep
         self._http = httpx2.Client(
             base_url=self.address, timeout=httpx2.Timeout(timeout_s, connect=5.0), follow_redirects=False,
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -67,7 +74,8 @@ class Connection:
         """Send a request and read its answer.
 
         Raises:
-            FlywheelError: the server refuses, stays away longer than `patience_s`, or gives no proper answer.
+            FlywheelError: the server refuses, stays away longer than `patience_s` or busy longer than `busy_s`, fails
+                at the request twice, loses it three times, or gives no proper answer.
         """
         return self._read(self._tried("POST", path, request.model_dump_json().encode()), answer)
 
@@ -84,34 +92,56 @@ class Connection:
             )
 
     def _tried(self, method: str, path: str, body: bytes | None) -> httpx2.Response:
-        began = self._clock()
+        """Ask until there is an answer. Only the time in which nobody is there uses up `patience_s`: a server that
+        computes or says that it is busy is alive."""
+        began, lost, failed = self._clock(), 0, 0
+        away: float | None = None  # since when nobody is there
         for attempt in itertools.count():
             pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0)
+            asked = self._clock()
             try:
                 response = self._http.request(method, path, content=body, headers={"Content-Type": "application/json"})
             except httpx2.TransportError as error:
                 said = f"{type(error).__name__}: {error}"
+                if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+                    away = asked if away is None else away
+                else:  # it was there and had taken the request
+                    lost, away = lost + 1, self._clock()
             else:
                 if response.status_code == 200:
                     return response
-                said = self._refusal(response)
+                said = self._refusal(response, final=failed > 0)
+                failed += response.status_code == 500
                 pause = max(pause, _seconds(response))
-            if (waited := self._clock() - began) + pause > self._patience_s:
+                away = (asked if away is None else away) if response.status_code in _PROXY else None
+            now = self._clock()
+            if lost == _LOSSES:
                 raise FlywheelError(
-                    f"the scoring server {self.address} did not answer in {attempt + 1} tries over {waited:.0f} s "
+                    f"the scoring server {self.address} took a request {lost} times and never answered ({said}): its "
+                    "log says why."
+                )
+            if away is not None and now + pause - away > self._patience_s:
+                raise FlywheelError(
+                    f"the scoring server {self.address} did not answer in {attempt + 1} tries over {now - away:.0f} s "
                     f"({said}): start it with `{self._start}`, or leave reward.server out."
+                )
+            if away is None and now + pause - began > self._busy_s:
+                raise FlywheelError(
+                    f"the scoring server {self.address} has been busy for {now - began:.0f} s ({said}): wait until "
+                    "others are done, or leave reward.server out."
                 )
             self._sleep(pause)
         raise AssertionError("counting has no end")
 
-    def _refusal(self, response: httpx2.Response) -> str:
-        """Why it was refused, where asking again may help; raises where it cannot."""
+    def _refusal(self, response: httpx2.Response, *, final: bool) -> str:
+        """Why it was refused, where asking again may help; raises where it cannot, or where a second 500 is `final`."""
         try:
             error = response.json()["error"]
             code, said = str(error["code"]), f"{response.status_code}: {error['message']}"
         except (ValueError, KeyError, TypeError):
             code, said = "", f"{response.status_code}: {response.text[:200]!r}"
-        if code in _FINAL or not (response.status_code == 429 or response.status_code >= 500):
+        passing = response.status_code in (*_BUSY, *_PROXY) or (response.status_code == 500 and not final)
+        if code in _FINAL or not passing:
             raise FlywheelError(f"the scoring server {self.address} refuses: {said}")
         return said
 
@@ -250,12 +280,14 @@ def _batches(prompts: Conversations, replies: Sequence[Sequence[str]], limits: L
     """Spans in requests within the server's limits, in order.
 
     Raises:
-        FlywheelError: a prompt with its replies is larger than a request may be.
+        FlywheelError: a prompt is empty, or with its replies larger than a request may be.
     """
     room = limits.max_body_bytes - 1024
     batch: list[_Span] = []
     texts = size = 0
     for i, (prompt, several) in enumerate(zip(prompts, replies, strict=True)):
+        if not prompt:
+            raise FlywheelError(f"prompt {i} has no message: a reply is scored as the answer to one.")
         for start in range(0, len(several), limits.max_replies):
             one = _Span(i, start, min(start + limits.max_replies, len(several)))
             more = _size((*(m.content for m in prompt), *several[one.start : one.stop]))

@@ -6,7 +6,7 @@ Requests and answers are JSON of these records. Scores cross HTTP exactly: a flo
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from ..records import ChatMessage, Record, Scored, SignalKind
 KEY_VARIABLE = "FLYWHEEL_SCORE_KEY"
 """Environment variable with the key that the server asks for and that the client sends."""
 
-Prompt = tuple[ChatMessage, ...]
+Prompt = Annotated[tuple[ChatMessage, ...], Field(min_length=1)]
 
 
 class ScoreRequest(Record):
@@ -80,6 +80,7 @@ class Limits(Record):
     max_replies: int = Field(1024, ge=2)
     max_body_bytes: int = Field(8 * 2**20, ge=1024)
     max_waiting: int = Field(64, ge=1)
+    max_wait_s: float = Field(600, gt=0, description="a request that would wait longer is told to come back")
     max_joined: int = Field(256, ge=1, description="replies scored in one pass, unless a single request has more")
 
 
