@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from reward_fixture import asks
+from safetensors.numpy import save_file
 from scoring_fixture import loaded, outputs, shared_artifact
 
 from characterflywheel import generation, score_commands
@@ -67,6 +69,37 @@ def test_who_computes_is_no_part_of_what_is_made(workspace: Workspace):
     assert [s.hash for s in generation.plan(workspace, config, 1)] == [
         s.hash for s in generation.plan(workspace, shared, 1)
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (
+            "reward.json",
+            lambda old: {"max_prompt_tokens": 224, "signal_weight": 0.25},
+            "signal_weights: Field required",
+        ),
+        ("pointwise/pointwise.json", lambda old: {"mean": 0.5}, "max_prompt_tokens: Field required"),
+        ("signals.json", lambda old: {"kinds": ["love"], "reports": {"love": {"auc": 0.6}}}, "reports.love.auc: Input"),
+        ("signals.json", lambda old: {"kinds": []}, "reports: Field required"),
+        ("artifact.json", lambda old: old | {"colour": "red"}, "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_reward_models_of_another_version_are_said_in_one_sentence(  # type: ignore[no-untyped-def]
+    file: str, change, said: str, workspace: Workspace, models: Path
+):
+    folder = trained(workspace, models)
+    old = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps(change(old)), encoding="utf-8")
+    with pytest.raises(FlywheelError, match=rf"{file} was written by another version \({said}.*\): use that version"):
+        score_commands.score(workspace, None, "127.0.0.1", 0)
+
+
+def test_signal_weights_of_other_names_are_said_in_one_sentence(workspace: Workspace, models: Path):
+    folder = trained(workspace, models)
+    save_file({"coefficients": np.zeros(3)}, folder / "signals.safetensors")
+    with pytest.raises(FlywheelError, match=r"signals.safetensors was written by another version \(.*coefficients"):
+        score_commands.score(workspace, None, "127.0.0.1", 0)
 
 
 @pytest.mark.slow

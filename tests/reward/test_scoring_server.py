@@ -162,7 +162,7 @@ def test_files_that_were_changed_are_not_served(models: RewardModels, folder: Pa
     with pytest.raises(FlywheelError, match="files have changed since the reward stage wrote them"):
         card_of(models, other, 1)
     (other / "artifact.json").unlink()
-    with pytest.raises(FlywheelError, match="is not complete: run the reward stage"):
+    with pytest.raises(FlywheelError, match="holds no complete artifact: run the reward stage"):
         card_of(models, other, 1)
 
 

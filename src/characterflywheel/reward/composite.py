@@ -4,17 +4,15 @@ Preference first, user signals as auxiliaries, and of those only the ones that c
 is no part of the score but a veto beside it (see `selection`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import FlywheelError
 from ..records import ChatMessage, Record, Scored, SignalKind
 from ..safety.policy import SafetyPolicy
-from . import export
+from . import export, stored
 from .pairwise import Pairwise
 from .pointwise import Pointwise
 from .selection import Conversations, combine, veto
@@ -87,11 +85,8 @@ class RewardModels:
 
     @classmethod
     def load(cls, folder: Path, encoder: Embeds, threads: int = 2, device: str = "cpu") -> "RewardModels":
-        """The models that `save` wrote."""
-        try:
-            settings = Settings.model_validate(json.loads((folder / "reward.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise FlywheelError(f"{folder} holds no reward models: run the reward stage.") from None
+        """The models that `save` wrote. Raises FlywheelError where there are none, or another version's."""
+        settings = stored.read(folder / "reward.json", Settings, "reward models")
         pointwise = export.load_pointwise(
             folder / "pointwise", threads, device, temperature=settings.pointwise_temperature
         )

@@ -9,7 +9,6 @@ the head lies beside it in `head.safetensors`. Weights are kept in bfloat16, and
 The pairwise model keeps its own layers and head; configuration, tokenizer and embeddings are the pointwise model's.
 """
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..errors import FlywheelError
 from ..records import Record
-from . import format
+from . import format, stored
 from .network import RewardNetwork, open_backbone
 from .pairwise import Pairwise
 from .pointwise import Pointwise, Scale
@@ -65,11 +64,8 @@ def save_pointwise(model: Pointwise, folder: Path) -> None:
 
 
 def load_pointwise(folder: Path, threads: int = 2, device: str = "cpu", *, temperature: float = 1.0) -> Pointwise:
-    """The model that `save_pointwise` wrote."""
-    try:
-        settings = Settings.model_validate(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise FlywheelError(f"{folder} holds no reward model: run the reward stage.") from None
+    """The model that `save_pointwise` wrote. Raises FlywheelError where there is none, or another version's."""
+    settings = stored.read(folder / SETTINGS, Settings, "reward model")
     model = open_backbone(folder)
     net = RewardNetwork(model, model.config.num_hidden_layers, 1)
     own = folder / HEAD

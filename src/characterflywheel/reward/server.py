@@ -28,6 +28,7 @@ from ..llm.native import fast_dtype
 from ..pipeline import ArtifactRecord, output_hashes
 from ..serving.errors import ApiError, ErrorBody, add_handlers
 from ..serving.security import BodyLimit
+from . import stored
 from .composite import RewardModels
 from .joining import Closing, Full, Models, NotFinite, Request, Worker
 from .wire import KEY_VARIABLE, Card, Health, Limits, PreferAnswer, PreferRequest, ScoreAnswer, ScoreRequest, content_of
@@ -123,10 +124,7 @@ def card_of(models: RewardModels, folder: Path, generation: int, limits: Limits 
     Raises:
         FlywheelError: the folder is no complete artifact, or its files are not those that the stage wrote.
     """
-    try:
-        record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FlywheelError(f"{folder} is not complete: run the reward stage.") from None
+    record = stored.read(folder / "artifact.json", ArtifactRecord, "complete artifact")
     content = content_of(output_hashes(folder))
     if content != content_of(record.outputs):
         raise FlywheelError(f"{folder}: files have changed since the reward stage wrote them: remove it and run again.")

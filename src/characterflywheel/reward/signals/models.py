@@ -1,6 +1,5 @@
 """The signal models of a generation: trained, judged on users they did not see, saved, asked (PAPER section 3)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,13 +10,21 @@ from scipy.special import expit
 
 from ...errors import FlywheelError
 from ...ids import derive_seed
-from ...records import ChatMessage
+from ...records import ChatMessage, Record
+from .. import stored
 from .biases import Circumstances, circumstances, nuisance_ranks
 from .inputs import Embeds, Reply, features, spreads
 from .logistic import Weights, checked_labels, cross_fit, fit
 from .reliability import MAX_CALIBRATION_ERROR, SignalReport, judge, unmeasurable
 
 Floats = NDArray[np.float64]
+
+
+class Saved(Record):
+    """What `signals.json` says: which kinds are modelled, and what every kind showed."""
+
+    kinds: tuple[str, ...]
+    reports: dict[str, SignalReport]
 
 
 class SignalModels:
@@ -103,19 +110,20 @@ class SignalModels:
 
     def save(self, folder: Path) -> None:
         """Writes `signals.json` (what they are worth) and `signals.safetensors` (float64 weights)."""
-        described = {"kinds": self.kinds, "reports": {k: r.model_dump() for k, r in sorted(self.reports.items())}}
-        (folder / "signals.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        saved = Saved(kinds=tuple(self.kinds), reports=dict(sorted(self.reports.items())))
+        (folder / "signals.json").write_text(saved.model_dump_json(indent=1) + "\n", encoding="utf-8")
         save_file(self.weights._asdict(), folder / "signals.safetensors")
 
     @classmethod
     def load(cls, folder: Path, encoder: Embeds) -> "SignalModels":
-        """The models that `save` wrote."""
+        """The models that `save` wrote. Raises FlywheelError where there are none, or another version's."""
+        saved = stored.read(folder / "signals.json", Saved, "signal models")
+        path = folder / "signals.safetensors"
         try:
-            described = json.loads((folder / "signals.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FlywheelError(f"{folder} holds no signal models: run the reward stage.") from None
-        reports = {kind: SignalReport.model_validate(report) for kind, report in described["reports"].items()}
-        return cls(described["kinds"], reports, Weights(**load_file(folder / "signals.safetensors")), encoder)
+            weights = Weights(**load_file(path))
+        except TypeError as error:  # arrays of other names
+            raise stored.of_another_version(path, error) from None
+        return cls(saved.kinds, saved.reports, weights, encoder)
 
 
 def _labels(replies: Sequence[Reply], kinds: Sequence[str]) -> Floats:
