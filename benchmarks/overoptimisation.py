@@ -214,12 +214,13 @@ def main() -> None:
             kept(scores, partial(scored, model, questions, replies))
         judged[name] = np.load(scores)
         accuracy[name] = intervals.share((np.sign(np.load(right)) + 1) / 2, [p.user_id for p in parts.held_out])
-    weights = resampled(len(questions), 1000, args.seed)
-    where = [At(len(questions), n=n + 1) for n in range(args.candidates)]
+    asking = [prompt.user_id for prompt in questions]
+    weights, people = resampled(asking, 1000, args.seed), len(set(asking))
+    where = [At(len(questions), people, n=n + 1) for n in range(args.candidates)]
 
     def measured(proxy: Numbers, gold: Numbers) -> OptimisationCurve:
         return curve("best_of_n", where, best_of_n.measure(proxy, gold, weights), prompts=len(questions),
-                     replies=proxy.size, ties=best_of_n.ties(proxy))  # fmt: skip
+                     users=people, replies=proxy.size, ties=best_of_n.ties(proxy))  # fmt: skip
 
     curves: dict[str, dict[str, OptimisationCurve]] = {
         name: {by: measured(scores, judged[by]) for by in GOLDS if name not in GOLDS}

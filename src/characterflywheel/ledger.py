@@ -45,8 +45,9 @@ class SignalQuality(Record):
 class RewardQuality(Record):
     """Accuracy of the two preference models on held-out pairs, and of the signal models (PAPER section 3).
 
-    Calibration errors are with temperature, on prompts it was not fitted on. `new_policy`: the pointwise accuracy of
-    the generation before on this one's pairs, whose replies its policy wrote. None: not measured by this version.
+    Calibration errors are those of the probabilities in use, on users that no temperature was fitted on. `new_policy`:
+    the pointwise accuracy of the generation before on this one's pairs, whose replies its policy wrote. None: not
+    measured by this version.
     """
 
     pointwise_accuracy: Estimate
@@ -59,6 +60,7 @@ class RewardQuality(Record):
     models_agree: Estimate | None = None
     best_of_n: Estimate | None = None
     new_policy: Estimate | None = None
+    gold_accuracy: Estimate | None = Field(None, description="of the gold model, where one was asked for")
 
 
 class JudgedWinRate(Record):

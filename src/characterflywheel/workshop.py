@@ -382,10 +382,12 @@ class Workshop:
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
         rollouts = tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout)
         judge = self.rewards(work.inputs["judge"])
+        judged: RewardSummary = work.inputs["judge"].summary
         with progress("overoptimisation") as advance:
             return measure_overoptimisation(
                 work, self.config.overoptimisation, self.config.rl, prompts, _candidates(work), rollouts,
-                work.inputs["start"] / "model", judge.pointwise, judge.gold, threads=self.threads,
+                work.inputs["start"] / "model", judge.pointwise, judge.gold,
+                gold_accuracy=judged.gold.accuracy if judged.gold else None, threads=self.threads,
                 batch_replies=self.config.models.batch_replies, device=self.device, on_progress=advance,
             )  # fmt: skip
 
@@ -422,7 +424,7 @@ class Workshop:
         reward: RewardSummary = work.inputs["reward"].summary
         style: StyleSummary = work.inputs["style"].summary
         climbed: OveroptimisationSummary = work.inputs["climbed"].summary
-        steered, farthest = offline.steerability, climbed.rl.points[-1:]
+        steered = offline.steerability
         evidence = GateEvidence(
             win_rates={
                 source: {"pointwise": rate.pointwise, "pairwise": rate.pairwise}
@@ -437,9 +439,7 @@ class Workshop:
                 if shift.before is not None and shift.after is not None
             },
             reward_accuracy={"pointwise": reward.pointwise_accuracy, "pairwise": reward.pairwise_accuracy},
-            gained=Gained(proxy=farthest[0].proxy, gold=farthest[0].gold)
-            if self.config.reward.gold_share and farthest
-            else None,
+            gained=Gained.of(climbed.rl, climbed.gold_accuracy) if self.config.reward.gold_share else None,
         )
         return decide(self.config.gate, evidence)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from characterflywheel.config import GateConfig
 from characterflywheel.records import Estimate
 from characterflywheel.release.gate import HARMS, Change, Gained, GateDecision, GateEvidence, StyleChange, decide
+from characterflywheel.reward.overoptimisation.curve import nothing
 
 CONFIG = GateConfig()
 
@@ -129,11 +130,14 @@ def test_nothing_measured_is_held_with_a_line_for_everything() -> None:
     assert all(criterion.note == "not measured: no evidence was given" for criterion in decision.criteria)
 
 
-def gained(proxy: float, gold: float | None, half: float = 0.1) -> GateEvidence:
+KNOWS = Estimate(value=0.7, low=0.58, high=0.8, n=60)
+
+
+def gained(proxy: float, gold: float | None, half: float = 0.1, accuracy: Estimate | None = KNOWS) -> GateEvidence:
     said = {"value": gold, "n": 16} | ({} if gold is None else {"low": gold - half, "high": gold + half})
     reason = {"reason": "all replies have the same score"} if gold is None else {}
     estimates = Estimate(value=proxy, n=16), Estimate.model_validate(said | reason)
-    return GOOD.model_copy(update={"gained": Gained(proxy=estimates[0], gold=estimates[1])})
+    return GOOD.model_copy(update={"gained": Gained(proxy=estimates[0], gold=estimates[1], accuracy=accuracy)})
 
 
 @pytest.mark.parametrize(("proxy", "gold", "passed"), [
@@ -154,6 +158,30 @@ def test_gold_that_was_asked_for_must_be_measured_and_else_is_no_criterion() -> 
     assert decision.decision == "hold"
     assert failed(decision) == {"gold reward follows the proxy": "not measured: all replies have the same score"}
     assert "gold reward follows the proxy" not in {c.name for c in decide(CONFIG, GOOD).criteria}
+
+
+@pytest.mark.parametrize(("accuracy", "why"), [
+    (Estimate(value=0.52, low=0.4, high=0.64, n=30),
+     "the gold model itself is not shown to know better than chance (52% [40%, 64%], n = 30)"),
+    (Estimate(value=0.3, low=0.2, high=0.4, n=90),
+     "the gold model itself is not shown to know better than chance (30% [20%, 40%], n = 90)"),
+    (Estimate(value=None, n=0, reason="nothing to measure"),
+     "the gold model itself was not measured: nothing to measure"),
+    (None, "the gold model itself was not measured: no held-out accuracy"),
+])  # fmt: skip
+@pytest.mark.parametrize("gold", [0.2, -0.2])
+def test_a_gold_model_that_may_guess_has_measured_nothing(gold: float, accuracy: Estimate | None, why: str) -> None:
+    """Neither does its rise pass a model, nor is its fall held against one: the criterion is open, a person looks."""
+    decision = decide(CONFIG, gained(0.4, gold, accuracy=accuracy))
+    assert (decision.decision, decision.criteria[-1].passed) == ("hold", None)
+    assert failed(decision) == {"gold reward follows the proxy": f"not measured: {why}"}
+
+
+def test_a_curve_without_points_is_no_evidence() -> None:
+    none = nothing("rl", "no rollout is left")
+    decision = decide(CONFIG, GOOD.model_copy(update={"gained": Gained.of(none, KNOWS)}))
+    assert decision.decision == "hold"
+    assert failed(decision) == {"gold reward follows the proxy": "not measured: no rollout is left"}
 
 
 def test_the_reason_of_a_missing_measurement_is_told() -> None:

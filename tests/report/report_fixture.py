@@ -142,6 +142,7 @@ def row(generation: int = 1, verdict: str = "promote", breadth: float = 0.062, d
         reward=RewardQuality(
             pointwise_accuracy=about(0.684, 0.09, 98),
             pairwise_accuracy=about(0.653, 0.095, 98),
+            gold_accuracy=about(0.641, 0.1, 98),
             signals={
                 "continue": SignalQuality(auc=0.612, interval=(0.571, 0.655), n=160, usable=True),
                 "thumb_up": SignalQuality(auc=None, n=7, reason="7 thumbs, at least 20 are needed"),

@@ -51,6 +51,15 @@ def test_the_table_has_every_point_and_the_fits() -> None:
     assert (unseen.value, unseen.reason) == (None, "no turn seen up to d = 0.40")
 
 
+def test_a_gold_model_that_may_guess_is_drawn_and_named_so_and_turns_nowhere() -> None:
+    best, policy = optimised.figures(fixture.optimised(), trusted=False)
+    for figure in (best, policy):
+        assert len(dots(str(figure.html), "new")) == 4
+        assert "gold (blue), which may be a guess" in str(figure.html)
+        assert 'class="alarm"' not in str(figure.html)
+    assert "guess" not in str(optimised.figures(fixture.optimised())[0].html)
+
+
 def test_without_gold_or_points_nothing_is_invented() -> None:
     best, policy = fixture.optimised()
     absent = Estimate(value=None, n=40, reason="there is no gold model")

@@ -1,6 +1,7 @@
 """The reward section says where the judges can be trusted, and what an older version did not measure."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,31 @@ def test_differences_are_told_with_their_direction() -> None:
     told = comparison_sentence(below.model_copy(update={"pointwise": over, "pairwise": bias}))
     assert "8.0 points (−2.0 to 18.0) below that of preferring the longer reply" in told
     assert "favours the reply it reads first by 3.0 points (2.0 to 4.0)" in told
+
+
+@pytest.mark.parametrize(("accuracy", "told", "alarms"), [
+    (fixture.about(0.641, 0.1, 98), "is right on 64% (54% to 74%) of the same pairs", 1),
+    (fixture.about(0.52, 0.1, 98), "The gold model itself is not shown to know better than chance (52% [42%, 62%], "
+     "n = 98): what it says of over-optimisation counts as not measured.", 0),
+])  # fmt: skip
+def test_the_gold_models_own_accuracy_is_told_and_decides_what_it_may_say(
+    accuracy: Estimate, told: str, alarms: int, tmp_path: Path
+) -> None:
+    row, made = fixture.row(), summary()
+    row = row.model_copy(update={"reward": row.reward.model_copy(update={"gold_accuracy": accuracy})})
+    fixture.write_workspace(tmp_path, row)
+    gold = made.pointwise.model_copy(update={"accuracy": accuracy})
+    folder = tmp_path / "artifacts" / row.stages["reward"]
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(made.model_copy(update={"gold": gold}).model_dump_json())
+    html = write_report(tmp_path, tmp_path / "numbers.json").read_text()
+    assert told in html
+    assert "expected calibration error is" in html
+    figures = json.loads((tmp_path / "numbers.json").read_text())["figures"]
+    assert next(m["value"] for m in figures["reward_accuracy"] if m["label"] == "Gold model") == accuracy.value
+    (panel,) = re.findall(r"<figcaption>Best of n: proxy.*?</figure>", html, re.DOTALL)
+    assert panel.count('class="alarm"') == alarms
+    assert ("which may be a guess" in html) is not bool(alarms)
 
 
 @pytest.mark.parametrize("content", [None, '{"pairs_trained": 3, "pointwise": {"by_source": {}}}'])

@@ -83,14 +83,14 @@ def test_bad_margins_are_refused_with_their_number():
         fit_temperature([0.0, 1.0], [0.5, 2.0])
 
 
-def test_a_pair_is_calibrated_by_other_prompts_only():
+def test_a_pair_is_calibrated_by_other_groups_only():
     margins, labels, prompts = world(30, 3, sharpness=2.0)
     before = cross_fitted(margins, labels, prompts, seed=1)
     mine = np.array(prompts) == "p0004"
     turned = np.where(mine, 1 - labels, labels)
     assert cross_fitted(margins, turned, prompts, seed=1)[mine] == pytest.approx(before[mine])
     assert (np.sign(before - 0.5) == np.sign(margins)).all()
-    with pytest.raises(FlywheelError, match="1 prompts, at least 2"):
+    with pytest.raises(FlywheelError, match="1 users, at least 2"):
         cross_fitted([1.0], [1.0], ["p"], seed=1)
 
 
@@ -141,12 +141,12 @@ def test_calibrate_tells_before_from_after():
     assert calibrate([1.0], [1.0], ["p"], seed=1) is None
 
 
-def test_a_temperature_that_does_not_help_other_prompts_is_not_kept():
+def test_a_temperature_that_does_not_help_others_is_not_in_use():
     margins, labels, prompts = world(150, 4, sharpness=3.0)
     found = calibrate(margins, labels, prompts, seed=1)
-    assert found.applied == found.temperature
+    assert (found.applied, found.in_use) == (found.temperature, found.after)
     worse = found.model_copy(update={"log_loss_after": found.log_loss_before + 0.01})
-    assert worse.applied == 1.0
+    assert (worse.applied, worse.in_use) == (1.0, found.before)
 
 
 def test_reliability_points_are_means_of_their_bins():

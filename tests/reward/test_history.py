@@ -1,9 +1,11 @@
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from reward_fixture import Letters, pairs, tiny_policy
+from safetensors.torch import load_file, save_file
 
 from characterflywheel import tables
 from characterflywheel.config import RewardConfig
@@ -105,6 +107,33 @@ def test_pairs_of_people_who_taught_the_models_are_left_out(generations: list[Ge
     assert cell.left_out > 0
 
 
+def test_a_past_model_with_damaged_weights_stops_nothing_and_its_reason_is_not_carried(
+    generations: list[Generation], tmp_path: Path
+):
+    """Not a number in every weight: it loads, and refuses to score. Once it is mended, it is measured."""
+    first, second = generations[0], generations[1]
+    models = RewardModels.load(second.past.rewards, Letters(), threads=1)
+    own = Preferences(models.pointwise, models.pairwise, taught_by(second.pairs))
+    held_out = [p for p in second.pairs if p.held_out]
+    damaged = tmp_path / "reward-1"
+    shutil.copytree(first.past.rewards, damaged)
+    (damaged / "evaluation.json").write_text(first.summary.model_copy(update={"history": ()}).model_dump_json())
+    weights = load_file(damaged / "pointwise" / "model.safetensors")
+    save_file(
+        {k: v * float("nan") for k, v in weights.items()}, damaged / "pointwise" / "model.safetensors", {"format": "pt"}
+    )
+    cells = matrix(2, own, held_out, [first.past._replace(rewards=damaged)], threads=1)
+    lost = of(cells, 1, 2)
+    assert lost.pointwise.value is None
+    assert lost.pointwise.reason.startswith("generation 1's models cannot be read by this version: ")
+    assert of(cells, 2, 1).pointwise == of(second.summary.history, 2, 1).pointwise
+    shutil.rmtree(damaged)
+    shutil.copytree(first.past.rewards, damaged)
+    (damaged / "evaluation.json").write_text(first.summary.model_copy(update={"history": cells}).model_dump_json())
+    again = matrix(2, own, held_out, [first.past._replace(rewards=damaged)], threads=1)
+    assert of(again, 1, 2) == of(second.summary.history, 1, 2)
+
+
 def test_what_cannot_be_read_says_so_and_stops_nothing(generations: list[Generation], tmp_path: Path):
     first, second = generations[0], generations[1]
     (tmp_path / "evaluation.json").write_text('{"written": "by another version"}')
@@ -118,5 +147,8 @@ def test_what_cannot_be_read_says_so_and_stops_nothing(generations: list[Generat
     assert lost.pointwise.value is None
     assert lost.pointwise.reason.startswith("generation 1's models cannot be read by this version: ")
     assert of(cells, 2, 1).pointwise == of(second.summary.history, 2, 1).pointwise
+    (tmp_path / "pairs.parquet").write_text("no table")
+    unread = matrix(2, own, held_out, [first.past._replace(pairs=tmp_path)], threads=1)
+    assert of(unread, 2, 1).pointwise.reason == "nothing to measure"
     gone = matrix(2, own, held_out, [first.past._replace(pairs=tmp_path / "gone")], threads=1)
     assert of(gone, 2, 1).pointwise.reason == "nothing to measure"

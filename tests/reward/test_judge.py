@@ -84,13 +84,30 @@ def test_report_names_what_the_score_leans_on_and_survives_json(stage: tuple[Pat
     assert worst[0].feature in ("questions", "ends_with_question", "words", "characters", "you_share", "i_share")
     assert f"leans on {worst[0].feature} {worst[0].within.value:+.2f}" in summary.line()
     assert summary.models_agree.n == len(HELD_OUT)
-    assert summary.dropped == {} or sum(summary.dropped.values()) > 0
+    assert summary.dropped == {}
+
+
+def test_the_calibration_error_that_is_told_is_that_of_the_probabilities_in_use(stage: tuple[Path, RewardSummary]):
+    """A temperature that raises the log loss on other users is not used, and neither is its calibration error."""
+    summary = stage[1]
+    found = summary.pointwise.calibration
+    assert found.before.error != found.after.error
+    for worse, used in ((-0.01, found.after), (0.01, found.before)):
+        kept = found.model_copy(update={"log_loss_after": found.log_loss_before + worse})
+        pointwise = summary.pointwise.model_copy(update={"calibration": kept})
+        again = summary.model_copy(update={"pointwise": pointwise})
+        assert again.quality().pointwise_calibration_error == used.error
 
 
 def test_the_ledger_gets_what_is_worth_following(stage: tuple[Path, RewardSummary]):
     summary = stage[1]
     kept = summary.quality()
     assert kept.pointwise_accuracy == summary.pointwise_accuracy
-    assert kept.pointwise_calibration_error == summary.pointwise.calibration.after.error
+    for found, told in (
+        (summary.pointwise.calibration, kept.pointwise_calibration_error),
+        (summary.pairwise.calibration, kept.pairwise_calibration_error),
+    ):
+        assert told == (found.after if found.applied == found.temperature else found.before).error
+    assert kept.gold_accuracy is None, "no gold model was asked for"
     assert kept.swap_consistency == summary.pairwise.swap_consistency
     assert kept.new_policy is None  # there is no generation before

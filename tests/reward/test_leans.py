@@ -1,12 +1,14 @@
 import numpy as np
+import pytest
 from reward_fixture import asks, pair
 
 from characterflywheel.reward.leans import Judged, judged_replies, leans
 from characterflywheel.style.features import FEATURES
 
 
-def world(seed: int, lean: float, prompts: int = 30) -> list[Judged]:
-    """Four replies a prompt, whose scores go along with exclamation marks by `lean`; prompts differ by far more."""
+def world(seed: int, lean: float, prompts: int = 30, each: int = 1) -> list[Judged]:
+    """Four replies a prompt, whose scores go along with exclamation marks by `lean`; prompts differ by far more. A user
+    has `each` prompts."""
     rng = np.random.default_rng(seed)
     replies = []
     for i in range(prompts):
@@ -14,7 +16,8 @@ def world(seed: int, lean: float, prompts: int = 30) -> list[Judged]:
         for k in range(4):
             marks = int(rng.integers(0, 4))
             text = f"I like {['tea', 'bread', 'rain', 'ships'][k]}{'!' * marks}"
-            replies.append(Judged(f"p{i:02}", asks("Hi"), text, base + lean * marks + rng.normal(), rng.random()))
+            score, won = base + lean * marks + rng.normal(), rng.random()
+            replies.append(Judged(f"p{i:02}", f"u{i // each:02}", asks("Hi"), text, score, won))
     return replies
 
 
@@ -30,6 +33,25 @@ def test_a_lean_is_found_within_prompts_where_prompts_hide_it():
     absent = next(one for one in found if one.feature == "emojis")
     assert absent.within.reason == "all values of one side are equal"
     assert (absent.p, absent.flagged) == (None, False)
+
+
+def test_intervals_need_users_and_p_values_only_prompts():
+    alone, few = (next(one for one in leans(world(1, 1.5, each=n), seed=1) if one.feature == "exclamations")
+                  for n in (1, 8))  # fmt: skip
+    assert (few.raw.value, few.within.value, few.p) == (alone.raw.value, alone.within.value, alone.p)
+    assert (few.raw.low, few.raw.reason) == (None, "4 users: too few for an interval")
+    assert few.within.low is None
+    assert few.flagged
+
+
+def test_of_very_many_replies_those_to_some_users_are_measured(monkeypatch: pytest.MonkeyPatch):
+    replies = world(1, 1.5, each=2)
+    monkeypatch.setattr("characterflywheel.reward.leans.MOST", 40)
+    found = next(one for one in leans(replies, seed=1) if one.feature == "exclamations")
+    assert found.raw.n == 40, "five users with eight replies each"
+    assert found.raw != next(one for one in leans(replies, seed=2) if one.feature == "exclamations").raw
+    monkeypatch.setattr("characterflywheel.reward.leans.MOST", 120)
+    assert {one.raw.n for one in leans(replies, seed=1)} == {120}
 
 
 def test_no_lean_is_rarely_flagged():

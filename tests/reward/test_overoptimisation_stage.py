@@ -9,7 +9,7 @@ import pytest
 from characterflywheel import tables
 from characterflywheel.config import OveroptimisationConfig, RLConfig
 from characterflywheel.pipeline import Work, output_hashes
-from characterflywheel.records import Candidate, ChatMessage, Prompt, Rollout
+from characterflywheel.records import Candidate, ChatMessage, Estimate, Prompt, Rollout
 from characterflywheel.reward.overoptimisation.stage import (
     OveroptimisationSummary,
     ScoredReply,
@@ -21,6 +21,7 @@ from tiny_model import asks, tiny_folder
 
 __all__ = ["tiny_folder"]
 RL = RLConfig(steps=12, prompts_per_step=2, group=8, learning_rate=1e-2, temperature=0.7, max_tokens=10)
+KNOWS = Estimate(value=0.7, low=0.58, high=0.8, n=60)
 CONFIG = OveroptimisationConfig(rl_points=4, start_replies=6, draws=200)
 PROMPTS = [
     Prompt(
@@ -67,10 +68,11 @@ def rollouts(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 def run(
     folder: Path, start: Path, rollouts: Sequence[Rollout], *, gold: Judged | None = None,
     config: OveroptimisationConfig = CONFIG, rl: RLConfig = RL, prompts: Sequence[Prompt] = PROMPTS,
+    gold_accuracy: Estimate | None = KNOWS,
 ) -> OveroptimisationSummary:  # fmt: skip
     return measure_overoptimisation(
         Work(folder, 5), config, rl, prompts, CANDIDATES, rollouts, start, Judged(letters), gold,
-        threads=1, batch_replies=16,
+        gold_accuracy=gold_accuracy, threads=1, batch_replies=16,
     )  # fmt: skip
 
 
@@ -107,6 +109,34 @@ def test_gold_that_likes_the_opposite_falls(tiny_folder: Path, rollouts: list[Ro
     assert summary.rl.points[-1].gold.high < 0 < summary.rl.points[-1].proxy.low
     assert summary.rl.gap_growth.low > 0
     assert "gold followed" not in summary.line()
+
+
+def test_nothing_is_concluded_from_a_gold_model_that_may_guess(
+    tiny_folder: Path, rollouts: list[Rollout], tmp_path: Path
+) -> None:
+    sure = run(tmp_path / "sure", tiny_folder, rollouts, gold=Judged(letters))
+    for accuracy, why in (
+        (Estimate(value=0.52, low=0.4, high=0.64, n=30),
+         "the gold model itself is not shown to know better than chance (52% [40%, 64%], n = 30)"),
+        (None, "the gold model itself was not measured: no held-out accuracy"),
+    ):  # fmt: skip
+        name = "none" if accuracy is None else "chance"
+        found = run(tmp_path / name, tiny_folder, rollouts, gold=Judged(letters), gold_accuracy=accuracy)
+        assert (found.best_of_n, found.rl) == (sure.best_of_n, sure.rl), "the curves are kept"
+        assert found.line().count("gold unmeasured") == 2
+        assert found.line().endswith(f" · {why}")
+        assert "followed" not in found.line()
+
+
+def test_prompts_of_one_user_are_not_independent(tiny_folder: Path, rollouts: list[Rollout], tmp_path: Path) -> None:
+    """One user asked everything: the same numbers, and no interval."""
+    mine = [p.model_copy(update={"user_id": "u"}) for p in PROMPTS]
+    alone = run(tmp_path / "alone", tiny_folder, rollouts, prompts=mine)
+    several = run(tmp_path / "several", tiny_folder, rollouts)
+    for one, many in ((alone.best_of_n, several.best_of_n), (alone.rl, several.rl)):
+        assert one.points[-1].proxy.value == many.points[-1].proxy.value
+        assert one.points[-1].proxy.reason == "one user only: no interval"
+        assert many.points[-1].proxy.low is not None
 
 
 def test_every_reply_behind_the_curves_is_written(tiny_folder: Path, rollouts: list[Rollout], tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 from reward_fixture import pair
 
+from characterflywheel import intervals
 from characterflywheel.records import Preference
+from characterflywheel.reward.calibration import calibrate
 from characterflywheel.reward.evaluate import agreement, best_of_n, evaluate_preference, length_match, strength
 from characterflywheel.reward.leans import judged_replies
 
@@ -28,6 +30,36 @@ def test_accuracy_counts_decided_pairs_and_half_for_a_tie():
     assert report.leans == ()
     assert report.best_of_n is None
     assert sum(part.accuracy.n for part in report.by("source").values()) == 3
+
+
+def test_one_users_prompts_are_one_witness():
+    """Ten users with four prompts of two pairs each, all right or all wrong with one user: ten rows say as much."""
+    pairs = [
+        pair(i, "one two", "one").model_copy(update={"user_id": f"u{i // 8}", "prompt_id": f"p{i // 2:02}"})
+        for i in range(80)
+    ]
+    margins = [1.0 if i // 8 % 3 else -1.0 for i in range(80)]
+    report = evaluate_preference(pairs, margins, margins, [-m for m in margins], (margins, margins))
+    users, ten = [p.user_id for p in pairs], [1.0 if u % 3 else 0.0 for u in range(10)]
+    assert report.accuracy == intervals.share([m > 0 for m in margins], users)
+    assert report.accuracy.low == pytest.approx(intervals.share(ten).low, abs=0.02)
+    assert report.by("character")["mo"].accuracy == report.accuracy
+    over = intervals.mean([one - 1 for one in ten])
+    assert (report.over_longer.low, report.over_longer.high) == pytest.approx((over.low, over.high))
+    assert report.swap_consistency.low == pytest.approx(intervals.share([1.0] * 10).low)
+    assert report.calibration == calibrate(margins, [1.0] * 80, users, seed=0)
+    assert report.calibration.reliability_before[0].agree == report.accuracy
+
+
+def test_best_of_n_counts_users_and_not_prompts():
+    pairs, scores = [], []
+    for prompt in range(12):
+        mine = four(prompt, best=0 if prompt // 3 % 2 else 1)
+        pairs += [p.model_copy(update={"user_id": f"u{prompt // 3}"}) for p in mine]
+    liked = {"r0": 3.0, "r1": 2.0, "r2": 1.0, "r3": 0.0}
+    scores = [[liked[side[-1].content] for side in (p.chosen, p.rejected)] for p in pairs]
+    found = best_of_n(pairs, judged_replies(pairs, [a for a, _ in scores], [b for _, b in scores])).accuracy
+    assert found == intervals.share([0, 0, 0, 1, 1, 1] * 2, [f"u{i // 3}" for i in range(12)])
 
 
 def test_first_bias_is_half_of_how_much_the_first_place_wins():

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reward_fixture import Letters, asks, pair, pairs, tiny_policy
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from characterflywheel import tables
 from characterflywheel.config import RewardConfig
@@ -14,7 +17,8 @@ from characterflywheel.ids import derive_seed
 from characterflywheel.pipeline import Work, output_hashes
 from characterflywheel.records import Dropped, Preference
 from characterflywheel.reward.composite import RewardModels
-from characterflywheel.reward.judge import RewardSummary
+from characterflywheel.reward.evaluate import evaluate_preference
+from characterflywheel.reward.judge import RewardSummary, pointwise_margins
 from characterflywheel.reward.stage import split_gold, train_rewards
 
 CONFIG = RewardConfig(layers=2, epochs=1, learning_rate=3e-3, max_prompt_tokens=64, max_reply_tokens=24)
@@ -47,7 +51,10 @@ def test_the_gold_model_shares_neither_user_nor_prompt_with_the_others(
     training = [own(user, prompt, number) for number, (user, prompt) in enumerate(rows)]
     try:
         proxy, gold = split_gold(training, share, seed)
-    except FlywheelError:
+    except FlywheelError:  # all hang together, or so much is asked for that nothing is left
+        met = coo_array((np.ones(len(rows)), ([u for u, _ in rows], [9 + p for _, p in rows])), shape=(25, 25))
+        alone = 25 - len({u for u, _ in rows}) - len({p for _, p in rows})
+        assert share > 0.5 or connected_components(met, directed=False)[0] - alone == 1
         return
     assert proxy
     assert gold
@@ -85,15 +92,38 @@ def test_proxy_and_gold_never_learn_from_each_others_pairs(policy: Path, tmp_pat
     gold_ids = {p.id for p in split_gold(training, 0.3, derive_seed(1, "gold")).gold}
     assert len(gold_ids) == gold_size
 
-    def changed(ids: set[str], name: str) -> set[str]:
+    def changed(ids: set[str], name: str) -> tuple[set[str], RewardSummary]:
         turned = {p.id: {"chosen": p.rejected, "rejected": p.chosen} for p in rows if p.id in ids}
         others = [p.model_copy(update=turned.get(p.id, {})) for p in rows]
-        run(tmp_path / name, policy, others, gold_share=0.3)
+        other = run(tmp_path / name, policy, others, gold_share=0.3)
         one, two = output_hashes(tmp_path / "one"), output_hashes(tmp_path / name)
-        return {file.split("/")[0] for file in one if one[file] != two[file]}
+        return {file.split("/")[0] for file in one if one[file] != two[file]}, other
 
-    assert changed(gold_ids, "two") == {"gold"}
-    assert "gold" not in changed({p.id for p in training} - gold_ids, "three")
+    files, other = changed(gold_ids, "two")
+    assert files == {"gold", "evaluation.json"}
+    assert other.gold != summary.gold
+    assert other.model_copy(update={"gold": summary.gold}) == summary, "of the others nothing else is said"
+    files, other = changed({p.id for p in training} - gold_ids, "three")
+    assert "gold" not in files
+    assert other.gold == summary.gold
+
+
+def test_the_gold_model_is_judged_on_the_pairs_of_those_it_watches(policy: Path, tmp_path: Path) -> None:
+    rows = pairs()
+    held_out = [p for p in rows if p.held_out]
+    summary = run(tmp_path / "reward", policy, rows, gold_share=0.4, epochs=6)
+    models = RewardModels.load(tmp_path / "reward", Letters(), threads=1)
+    assert models.gold is not None
+    assert summary.gold is not None
+    found = pointwise_margins(models.gold, held_out)
+    assert summary.gold == evaluate_preference(held_out, *found, seed=1)
+    assert summary.gold.accuracy.n == summary.pointwise_accuracy.n == len(held_out)
+    assert summary.gold.calibration is not None
+    assert summary.quality().gold_accuracy == summary.gold.accuracy
+    assert f"gold {summary.gold.accuracy.value:.0%} (n = {len(held_out)})" in summary.line()
+    alone = run(tmp_path / "alone", policy, rows)
+    assert (alone.gold, alone.quality().gold_accuracy) == (None, None)
+    assert "gold" not in alone.line()
 
 
 def test_what_cannot_teach_is_written_down_and_counted(policy: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from typing import Final, Literal
 
 from ..config import GateConfig
+from ..ledger import OptimisationCurve
 from ..records import Estimate, Record
+from ..reward.summary import no_judge
 
 SOURCES: Final = ("user", "internal")
 JUDGES: Final = ("pointwise", "pairwise")
@@ -42,10 +44,22 @@ class StyleChange(Record):
 
 
 class Gained(Record):
-    """What RL gained in the reward that it climbed and in gold reward, in standard deviations of its start's."""
+    """What RL gained in the reward that it climbed and in gold reward, in standard deviations of its start's.
+
+    `accuracy` is the gold model's own, on held-out pairs.
+    """
 
     proxy: Estimate
     gold: Estimate
+    accuracy: Estimate | None
+
+    @classmethod
+    def of(cls, rl: OptimisationCurve, accuracy: Estimate | None) -> "Gained":
+        """At the farthest point of RL's curve; unmeasured where it has none."""
+        if not rl.points:
+            nothing = Estimate(value=None, n=0, reason=rl.gap_growth.reason or "RL's curve has no points")
+            return cls(proxy=nothing, gold=nothing, accuracy=accuracy)
+        return cls(proxy=rl.points[-1].proxy, gold=rl.points[-1].gold, accuracy=accuracy)
 
 
 class GateEvidence(Record):
@@ -252,10 +266,17 @@ def _reward(evidence: GateEvidence) -> Iterator[Criterion]:
 
 
 def _gold(evidence: GateEvidence) -> Iterator[Criterion]:
-    """Where gold reward falls while the reward that was climbed rises, the policy games it."""
+    """Where gold reward falls while the reward that was climbed rises, the policy games it.
+
+    A gold model that may be guessing has measured nothing, whatever it says.
+    """
     if evidence.gained is None:
         return
     name, (proxy, gold) = "gold reward follows the proxy", (evidence.gained.proxy, evidence.gained.gold)
+    doubt = no_judge(evidence.gained.accuracy)
+    if proxy.value is not None and doubt is not None:
+        yield _unmeasured(name, 0.0, gold.model_copy(update={"reason": doubt}))
+        return
     if proxy.value is None or gold.value is None or gold.low is None or gold.high is None:
         yield _unmeasured(name, 0.0, proxy if proxy.value is None else gold)
         return

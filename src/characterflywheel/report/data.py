@@ -14,6 +14,7 @@ from ..errors import FlywheelError
 from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
 from ..records import Estimate
+from ..reward.summary import no_judge
 from . import optimised, rewards, words
 from .figures import (
     Axis,
@@ -86,7 +87,7 @@ def all_figures(data: ReportData) -> dict[str, Figure]:
     row = data.row
     made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row)]
     made += rewards.figures(row, data.judged)
-    made += optimised.figures(row.overoptimisation)
+    made += optimised.figures(row.overoptimisation, no_judge(row.reward.gold_accuracy) is None)
     made += [*_experiment(row), *_kept(row), *_timings(row), *_trend(data.history)]
     return {figure.name: figure for figure in made}
 

@@ -14,16 +14,20 @@ TITLES = {
     "best_of_n": "Best of n: proxy (grey) and gold (blue)",
     "rl": "Reinforcement learning: proxy (grey) and gold (blue)",
 }
+GUESS = ", which may be a guess"
 HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 210, 16, 188, 9.0, 97.0
 FINE = 60
 
 
-def figures(curves: Sequence[OptimisationCurve]) -> list[Figure]:
-    """A panel for each way of optimising that has points, on one vertical scale so that they compare."""
+def figures(curves: Sequence[OptimisationCurve], trusted: bool = True) -> list[Figure]:
+    """A panel for each way of optimising that has points, on one vertical scale so that they compare.
+
+    A gold model that is not `trusted` is drawn, named as a guess, and no turn is marked.
+    """
     drawn = [curve for curve in curves if curve.points]
     read = [e for curve in drawn for p in curve.points for e in (p.proxy, p.gold)]
     axis = nice_axis([edge for e in read for edge in (e.value, e.low, e.high)], words.score, zero=True, steps=4)
-    return [_panel(curve, axis) for curve in drawn]
+    return [_panel(curve, axis, trusted) for curve in drawn]
 
 
 def said_of(point: OptimisedPoint) -> str:
@@ -34,7 +38,7 @@ def said_of(point: OptimisedPoint) -> str:
     return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
-def _panel(curve: OptimisationCurve, axis: Axis) -> Figure:
+def _panel(curve: OptimisationCurve, axis: Axis, trusted: bool) -> Figure:
     far = nice_axis([p.distance for p in curve.points], words.number, zero=True, steps=4)
 
     def x(distance: float) -> float:
@@ -65,7 +69,7 @@ def _panel(curve: OptimisationCurve, axis: Axis) -> Figure:
         marks += [mark(name, said_of(p), read(p)) for p in curve.points]
         marks += [mark(f"{name}, fitted", label, found) for label, found in
                   (("alpha", fit.alpha), ("beta", fit.beta), ("turn, distance", fit.turn))]  # fmt: skip
-    if curve.gold.turn.value is not None:
+    if trusted and curve.gold.turn.value is not None:
         turn = '<line class="alarm" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1}" y2="{2}"/>'
         parts.append(Markup(turn).format(x(curve.gold.turn.value), TOP, BOTTOM))
     inner = '<svg viewBox="0 0 100 {0}" preserveAspectRatio="none" width="100%" height="{0}">{1}</svg>'
@@ -77,7 +81,7 @@ def _panel(curve: OptimisationCurve, axis: Axis) -> Figure:
     html = Markup(
         '<figure class="panel"><figcaption>{}</figcaption><svg height="{}" role="img" aria-label="{}">{}</svg></figure>'
     )
-    title = TITLES[curve.way]
+    title = TITLES[curve.way] + ("" if trusted or curve.gold.alpha.value is None else GUESS)
     return Figure(f"optimised_{curve.way}", html.format(title, HEIGHT, title, Markup("").join(parts)), tuple(marks))
 
 

@@ -23,6 +23,7 @@ from ..reward.summary import (
     PreferenceEvaluation,
     RewardSummary,
     Slice,
+    no_judge,
 )
 from . import words
 from .figures import Axis, Bar, Figure, Mark, Row, Tone, bars, beyond, dot_plot, mark, nice_axis, share_axis
@@ -106,10 +107,13 @@ def _totals(row: LedgerRow, summary: RewardSummary | None) -> Figure:
         Row("Pointwise model", quality.pointwise_accuracy, note="drives training"),
         Row("Pairwise model", quality.pairwise_accuracy, note="guards against gaming"),
     ]
+    if quality.gold_accuracy is not None:
+        rows.append(Row("Gold model", quality.gold_accuracy, note="watches over-optimisation"))
     rows = [one._replace(tone=beyond(one.estimate, 0.5)) for one in rows]
     if summary is not None:
-        both = (summary.pointwise, summary.pairwise)
-        rows = [one._replace(tick=found.longer_wins.value) for one, found in zip(rows, both, strict=True)]
+        judged = (summary.pointwise, summary.pairwise, summary.gold)
+        ticks = [found.longer_wins.value if found else None for found in judged]
+        rows = [one._replace(tick=tick) for one, tick in zip(rows, ticks, strict=False)]
         best, swap = summary.pointwise.best_of_n, summary.pairwise.swap_consistency
         if best is not None:
             chance = "" if best.chance is None else f"pointwise; chance {words.share(best.chance)}"
@@ -240,14 +244,29 @@ def _reliability(name: str, title: str, found: Calibration) -> Figure:
 def calibration_sentence(name: str, found: Calibration | None) -> str:
     """The errors before and after, and what chance alone makes of so many pairs."""
     if found is None or found.after.error.value is None:
-        return f"{name}: calibration is not known; pairs of at least two prompts are needed."
-    chance = found.after.by_chance
-    kept = "" if found.applied == found.temperature else " It is not kept: it raised the log loss on other prompts."
+        return f"{name}: calibration is not known; pairs of at least two users are needed."
+    chance = found.in_use.by_chance
+    kept = "" if found.kept else " In use is the first: the temperature does not lower the log loss on other users."
     by_chance = f" A perfectly calibrated model would show {chance:.3f} by chance." if chance is not None else ""
     return (
         f"{name}: expected calibration error {_error(found.before)} as trained, {_error(found.after)} with temperature "
         f"{words.number(found.temperature)} (n {words.count(found.after.error.n)}).{kept}{by_chance}"
     )
+
+
+def gold_sentence(summary: RewardSummary) -> str:
+    """What the gold model is worth as a judge of the others; nothing where there is none."""
+    if summary.gold is None:
+        return ""
+    doubt, calibration = no_judge(summary.gold.accuracy), summary.gold.calibration
+    told = ""
+    if calibration is not None and calibration.before.error.value is not None:
+        told = f" Its expected calibration error is {_error(calibration.before)} as trained."
+    if doubt is not None:
+        return f"{doubt[0].upper()}{doubt[1:]}: what it says of over-optimisation counts as not measured.{told}"
+    accuracy = summary.gold.accuracy
+    found = f"{words.share(accuracy.value or 0.0)} ({words.interval(accuracy, words.share)})"
+    return f"The gold model, which only watches the others, is right on {found} of the same pairs.{told}"
 
 
 def _error(found: CalibrationError) -> str:

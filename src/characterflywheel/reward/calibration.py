@@ -1,6 +1,6 @@
 """Whether a preference model's probabilities mean what they say (PAPER section 3; DESIGN section 6).
 
-One temperature divides the log-odds (Guo et al. 2017). It is judged on prompts that it was not fitted on, and beside
+One temperature divides the log-odds (Guo et al. 2017). It is judged on users whom it was not fitted on, and beside
 every calibration error stands what a perfectly calibrated model would show by chance on as many pairs.
 """
 
@@ -47,7 +47,7 @@ def fit_temperature(margins: ArrayLike, labels: ArrayLike) -> float:
 
 
 def cross_fitted(margins: ArrayLike, labels: ArrayLike, groups: Sequence[str], seed: int, folds: int = 10) -> Floats:
-    """P(first is better) of each pair, calibrated by a temperature fitted on other groups (prompts).
+    """P(first is better) of each pair, calibrated by a temperature fitted on other groups (users).
 
     Raises:
         FlywheelError: fewer than two groups, so that there are no others.
@@ -55,7 +55,7 @@ def cross_fitted(margins: ArrayLike, labels: ArrayLike, groups: Sequence[str], s
     margin, label = _checked(margins, labels)
     names, member = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
-        raise FlywheelError(f"{len(names)} prompts, at least 2 are needed to fit a temperature on others.")
+        raise FlywheelError(f"{len(names)} users, at least 2 are needed to fit a temperature on others.")
     count = min(folds, len(names))
     fold = (np.random.default_rng(seed).permutation(len(names)) % count)[member]
     temperature = np.ones(len(margin))
@@ -78,11 +78,11 @@ def pair_calibration(
     probabilities: Floats, labels: Floats, groups: Sequence[str], *, seed: int, draws: int = DRAWS,
     confidence: float = 0.95,
 ) -> CalibrationError:  # fmt: skip
-    """Expected calibration error over pairs with an interval by prompt, and what chance alone would make of it.
+    """Expected calibration error over pairs with an interval by user, and what chance alone would make of it.
 
-    A prompt adds a gap (confidence less agreement) to each bin. `by_chance` is the mean error when every prompt's
+    A user adds a gap (confidence less agreement) to each bin. `by_chance` is the mean error when every user's
     gaps, less the mean of their bin, get a random sign: as noisy and as dependent as the pairs at hand, without the
-    miscalibration (wild cluster bootstrap, Cameron et al. 2008). The interval is the basic bootstrap over prompts
+    miscalibration (wild cluster bootstrap, Cameron et al. 2008). The interval is the basic bootstrap over users
     (Davison and Hinkley 1997, section 5.2), which takes back the upward bias that resampling has here as well; it
     begins at 0 where chance alone gives as large an error in more than one case of forty.
     """
@@ -91,17 +91,17 @@ def pair_calibration(
     if not n:
         return CalibrationError(error=Estimate(value=None, n=0, reason="no pairs to compare"), by_chance=None)
     times, member = group_draws(groups, draws, seed)
-    prompts = times.shape[1]
-    gaps, sizes = np.zeros((prompts, BINS)), np.zeros((prompts, BINS))
+    users = times.shape[1]
+    gaps, sizes = np.zeros((users, BINS)), np.zeros((users, BINS))
     np.add.at(gaps, (member, cell), p - agree)
     np.add.at(sizes, (member, cell), 1.0)
     error = float(np.abs(gaps.sum(0)).sum() / n)
-    if prompts < 2:
-        return CalibrationError(error=Estimate(value=error, n=n, reason="one prompt: no interval"), by_chance=None)
+    if users < 2:
+        return CalibrationError(error=Estimate(value=error, n=n, reason="one user: no interval"), by_chance=None)
     in_bin = (sizes > 0).sum(0)
     centred = gaps - sizes * gaps.sum(0) / np.maximum(sizes.sum(0), 1)
     centred *= np.sqrt(in_bin / np.maximum(in_bin - 1, 1))  # what the mean took away of the noise
-    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(draws, prompts))
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], size=(draws, users))
     chance = np.abs(signs @ centred).sum(1) / n
     resampled = np.abs(times @ gaps).sum(1) / (times @ sizes.sum(1))
     tail = 0.5 - confidence / 2
@@ -113,7 +113,7 @@ def pair_calibration(
 
 
 def reliability(probabilities: Floats, labels: Floats, groups: Sequence[str]) -> tuple[ReliabilityBin, ...]:
-    """The reliability diagram's points: a bin's mean confidence and its share of agreeing reviewers, by prompt."""
+    """The reliability diagram's points: a bin's mean confidence and its share of agreeing reviewers, by user."""
     p, agree, cell = confidence_bins(probabilities, labels)
     bins = []
     for k in range(BINS):
@@ -125,9 +125,9 @@ def reliability(probabilities: Floats, labels: Floats, groups: Sequence[str]) ->
 
 
 def calibrate(margins: ArrayLike, labels: ArrayLike, groups: Sequence[str], seed: int) -> Calibration | None:
-    """Everything about a preference model's probabilities; None without two prompts to tell one from the other.
+    """Everything about a preference model's probabilities; None without two users to tell one from the other.
 
-    The temperature to keep is fitted on all pairs; what is judged of it is cross-fitted by prompt.
+    The temperature to keep is fitted on all pairs; what is judged of it is cross-fitted by user (`groups`).
     """
     margin, label = _checked(margins, labels)
     if len(set(groups)) < 2:

@@ -1,4 +1,4 @@
-"""How good a preference model is on pairs it has not seen, with intervals by prompt (PAPER section 3).
+"""How good a preference model is on pairs it has not seen, with intervals by user (PAPER section 3).
 
 Accuracy by slice beside the rule that the longer reply wins, calibration, whether the pairwise model keeps its mind
 when the replies swap places, and whether the best of a prompt's replies is the reviewers' best. What the score leans
@@ -39,14 +39,16 @@ def evaluate_preference(
     that what they lean on can be measured; the pairwise one gives the log-odds for `chosen` in both `orders` of
     reading (`chosen` first, `rejected` first), whose average is the margin. Pairs on which the reviewers are divided
     evenly (label 0.5) have no right answer and count for nothing but calibration.
+
+    The held-out side was drawn user by user, so the pairs of one user, whatever the prompt, count as dependent.
     """
-    margin, prompts = np.asarray(margins, dtype=float), [pair.prompt_id for pair in pairs]
+    margin, users = np.asarray(margins, dtype=float), [pair.user_id for pair in pairs]
     lengths = np.array([[len(s[-1].content.split()) for s in (p.chosen, p.rejected)] for p in pairs]).reshape(-1, 2)
     right, longer = _won(margin), _won(lengths[:, 0] - lengths[:, 1])
     decided = [i for i, pair in enumerate(pairs) if pair.label > 0.5]
 
     def share(values: Floats, rows: Sequence[int]) -> Estimate:
-        return intervals.share(values[list(rows)], [prompts[i] for i in rows])
+        return intervals.share(values[list(rows)], [users[i] for i in rows])
 
     slices = []
     for dimension, keys in slices_of(pairs).items():
@@ -59,14 +61,14 @@ def evaluate_preference(
     swap = bias = None
     if orders is not None:
         first, second = (np.asarray(side, dtype=float) for side in orders)
-        swap = intervals.share((first > 0) == (second > 0), prompts)
-        bias = _mean((_sigmoid(first) + _sigmoid(-second)) / 2 - 0.5, prompts)
+        swap = intervals.share((first > 0) == (second > 0), users)
+        bias = _mean((_sigmoid(first) + _sigmoid(-second)) / 2 - 0.5, users)
     return PreferenceEvaluation(
         accuracy=share(right, decided),
         longer_wins=share(longer, decided),
-        over_longer=_mean((right - longer)[decided], [prompts[i] for i in decided]),
+        over_longer=_mean((right - longer)[decided], [users[i] for i in decided]),
         slices=tuple(slices),
-        calibration=calibrate(margin, [pair.label for pair in pairs], prompts, seed),
+        calibration=calibrate(margin, [pair.label for pair in pairs], users, seed),
         leans=leans(replies, seed),
         best_of_n=best_of_n(pairs, replies) if replies else None,
         swap_consistency=swap,
@@ -117,7 +119,7 @@ def best_of_n(pairs: Sequence[Preference], replies: Sequence[Judged], fewest: in
     by_prompt: defaultdict[str, list[Judged]] = defaultdict(list)
     for reply in replies:
         by_prompt[reply.prompt_id].append(reply)
-    hits, sizes, left_out = [], [], {"too few replies": 0, "no single best": 0}
+    hits, sizes, users, left_out = [], [], [], {"too few replies": 0, "no single best": 0}
     for prompt, mine in sorted(by_prompt.items()):
         best = [reply for reply in mine if (prompt, reply.text) not in beaten]
         if len(mine) < fewest:
@@ -128,8 +130,9 @@ def best_of_n(pairs: Sequence[Preference], replies: Sequence[Judged], fewest: in
             top = [reply for reply in mine if reply.score == max(one.score for one in mine)]
             hits.append((best[0] in top) / len(top))
             sizes.append(len(mine))
+            users.append(mine[0].user_id)
     return BestOfN(
-        accuracy=intervals.share(hits)
+        accuracy=intervals.share(hits, users)
         if hits
         else Estimate(value=None, n=0, reason=f"no prompt has {fewest} replies and one undefeated"),
         chance=float(np.mean([1 / n for n in sizes])) if sizes else None,

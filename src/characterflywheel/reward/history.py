@@ -52,8 +52,9 @@ def matrix(
 ) -> tuple[Cell, ...]:
     """Cells of all models of generations up to `generation` on all of their frozen pairs, by models, then pairs.
 
-    `own` and `held_out` are this generation's. A past model that this version cannot read gives cells without values,
-    with the reason, one whose pairs are gone cells with nothing to measure; the others are measured all the same.
+    `own` and `held_out` are this generation's. A past model that this version cannot read, or that cannot score, gives
+    cells without values, with the reason, until it can; one whose pairs are gone cells with nothing to measure; the
+    others are measured all the same.
     """
     sets = {one.generation: _held_out(one) for one in past} | {generation: list(held_out)}
     known = {(cell.models, cell.pairs): cell for cell in _carried(past)}
@@ -72,9 +73,9 @@ def cell(models: int, pairs: int, judges: Preferences, rows: Sequence[Preference
     """The accuracy of both models on decided pairs that they can read, of users from whom they did not learn."""
     fresh = [row for row in rows if row.user_id not in judges.taught_by]
     kept = [row for row in screen.screen(fresh, judges.pointwise.form).kept if row.label > 0.5]
-    prompts = [row.prompt_id for row in kept]
+    users = [row.user_id for row in kept]
     one, two = (
-        intervals.share((np.sign(margins.log_odds) + 1) / 2, prompts)
+        intervals.share((np.sign(margins.log_odds) + 1) / 2, users)
         for margins in (pointwise_margins(judges.pointwise, kept), pairwise_margins(judges.pairwise, kept))
     )
     return Cell(models=models, pairs=pairs, pointwise=one, pairwise=two, left_out=len(rows) - len(fresh))
@@ -95,26 +96,35 @@ def load(one: Past, threads: int = 2, device: str = "cpu") -> Preferences:
 def _measured(
     one: Past, wanted: Sequence[int], sets: dict[int, list[Preference]], threads: int, device: str
 ) -> dict[tuple[int, int], Cell]:
-    try:
-        judges = load(one, threads, device)
-    except UNREADABLE as error:
-        why = f"generation {one.generation}'s models cannot be read by this version: {str(error).splitlines()[0]}"
-        nothing = Estimate(value=None, n=0, reason=why)
-        return {(one.generation, p): Cell(models=one.generation, pairs=p, pointwise=nothing, pairwise=nothing)
-                for p in wanted}  # fmt: skip
-    return {(one.generation, pairs): cell(one.generation, pairs, judges, sets[pairs]) for pairs in wanted}
+    judges: Preferences | None = None
+    found: dict[tuple[int, int], Cell] = {}
+    for pairs in wanted:
+        try:
+            judges = judges or load(one, threads, device)
+            found[one.generation, pairs] = cell(one.generation, pairs, judges, sets[pairs])
+        except UNREADABLE as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            reason = f"generation {one.generation}'s models cannot be read by this version: {why}"
+            nothing = Estimate(value=None, n=0, reason=reason)
+            lost = Cell(models=one.generation, pairs=pairs, pointwise=nothing, pairwise=nothing)
+            found[one.generation, pairs] = lost
+    return found
 
 
 def _carried(past: Sequence[Past]) -> tuple[Cell, ...]:
-    """What the last generation measured; nothing if an older version wrote its report."""
+    """What the last generation measured; nothing if an older version wrote its report.
+
+    A cell without values is no measurement: what stood in its way may be gone.
+    """
     if not past:
         return ()
     last = max(past, key=lambda one: one.generation)
     try:
         report = json.loads((last.rewards / "evaluation.json").read_text(encoding="utf-8"))
-        return RewardSummary.model_validate(report).history
+        cells = RewardSummary.model_validate(report).history
     except (OSError, ValidationError, json.JSONDecodeError):
         return ()
+    return tuple(cell for cell in cells if cell.pointwise.value is not None and cell.pairwise.value is not None)
 
 
 def _pairs(one: Past) -> list[Preference]:
@@ -122,6 +132,7 @@ def _pairs(one: Past) -> list[Preference]:
 
 
 def _held_out(one: Past) -> list[Preference]:
-    if not (one.pairs / "pairs.parquet").exists():
+    try:
+        return sorted((pair for pair in _pairs(one) if pair.held_out), key=lambda pair: (pair.prompt_id, pair.id))
+    except UNREADABLE:
         return []
-    return sorted((pair for pair in _pairs(one) if pair.held_out), key=lambda pair: (pair.prompt_id, pair.id))

@@ -57,11 +57,13 @@ def judge(
 ) -> RewardSummary:  # fmt: skip
     """Evaluate saved models on held-out pairs; `dropped` counts by reason those that nothing could be learnt from.
 
-    `summary.pointwise.calibration.applied` (and `pairwise`) is the one to keep with the models.
+    `summary.pointwise.calibration.applied` (and `pairwise`) is the one to keep with the models. A gold model's word on
+    the others counts for as much as its own accuracy on the same pairs shows, see `summary.no_judge`.
     """
     scored, compared = pointwise_margins(models.pointwise, held_out), pairwise_margins(models.pairwise, held_out)
     pointwise = evaluate_preference(held_out, scored.log_odds, scored.first, scored.second, seed=seed)
     pairwise = evaluate_preference(held_out, compared.log_odds, orders=(compared.first, compared.second), seed=seed)
+    watched = pointwise_margins(models.gold, held_out) if models.gold is not None else None
     same = np.sign(scored.log_odds) == np.sign(compared.log_odds)
     return RewardSummary(
         pairs_trained=len(training),
@@ -72,7 +74,8 @@ def judge(
         signals={kind: _quality(report) for kind, report in sorted(models.signals.reports.items())},
         pointwise=pointwise,
         pairwise=pairwise,
-        models_agree=intervals.share(same, [pair.prompt_id for pair in held_out]),
+        gold=watched and evaluate_preference(held_out, *watched, seed=seed),
+        models_agree=intervals.share(same, [pair.user_id for pair in held_out]),
     )
 
 

@@ -106,7 +106,7 @@ def rank_correlation(
         return Estimate(value=r, low=float(np.tanh(z - half)), high=float(np.tanh(z + half)), n=n)
     times, member = group_draws(groups, draws, seed)
     if times.shape[1] < 5:
-        return Estimate(value=r, n=n, reason=f"{times.shape[1]} prompts: too few for an interval")
+        return Estimate(value=r, n=n, reason=f"{times.shape[1]} users: too few for an interval")
     step = max(1, DRAWS_AT_ONCE // n)
     parts = [_weighted_spearman(a, b, times[i : i + step][:, member]) for i in range(0, draws, step)]
     known = np.concatenate(parts)

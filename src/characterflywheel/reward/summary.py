@@ -3,7 +3,7 @@
 Only records, so that readers need neither torch nor scipy.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from ..records import Estimate, Record
 
 Dimension = Literal["source", "character", "agreement", "strength", "length", "policy"]
 Standing = Literal["own", "next", "past", "later"]
+CHANCE: Final = 0.5
 
 
 class Slice(Record):
@@ -38,7 +39,7 @@ class CalibrationError(Record):
 
 
 class Calibration(Record):
-    """A model's probabilities as trained and with its temperature; `after` is on prompts it was not fitted on."""
+    """A model's probabilities as trained and with its temperature; `after` is on users it was not fitted on."""
 
     temperature: float
     before: CalibrationError
@@ -49,9 +50,19 @@ class Calibration(Record):
     reliability_after: tuple[ReliabilityBin, ...] = ()
 
     @property
+    def kept(self) -> bool:
+        """Whether the temperature lowered the log loss on other users; else none is applied."""
+        return self.log_loss_after < self.log_loss_before
+
+    @property
     def applied(self) -> float:
-        """The temperature to keep: the fitted one if it lowered the log loss on other prompts, else none (1)."""
-        return self.temperature if self.log_loss_after < self.log_loss_before else 1.0
+        """The temperature to use: the fitted one where it is kept, else 1."""
+        return self.temperature if self.kept else 1.0
+
+    @property
+    def in_use(self) -> CalibrationError:
+        """The error of the probabilities that are used: `after` where the temperature is kept, else `before`."""
+        return self.after if self.kept else self.before
 
 
 class Lean(Record):
@@ -102,9 +113,9 @@ class PreferenceEvaluation(Record):
 
     @property
     def calibration_error(self) -> Estimate:
-        """With temperature, on prompts that it was not fitted on."""
-        unknown = Estimate(value=None, n=0, reason="pairs of at least two prompts are needed")
-        return self.calibration.after.error if self.calibration else unknown
+        """Of the probabilities in use, on users that no temperature was fitted on."""
+        unknown = Estimate(value=None, n=0, reason="pairs of at least two users are needed")
+        return self.calibration.in_use.error if self.calibration else unknown
 
     def by(self, dimension: Dimension) -> dict[str, Slice]:
         """The slices of one dimension, by name."""
@@ -131,7 +142,10 @@ class Cell(Record):
 
 
 class RewardSummary(Record):
-    """What the reward models are worth: headline accuracies, signals, and the whole evaluation of both models."""
+    """What the reward models are worth: headline accuracies, signals, and the whole evaluation of both models.
+
+    `gold`, where there is a gold model, is judged on the same held-out pairs as those that it watches.
+    """
 
     pairs_trained: int
     pairs_held_out: int
@@ -142,6 +156,7 @@ class RewardSummary(Record):
     pointwise: PreferenceEvaluation
     pairwise: PreferenceEvaluation
     models_agree: Estimate
+    gold: PreferenceEvaluation | None = None
     history: tuple[Cell, ...] = ()
 
     def quality(self) -> RewardQuality:
@@ -157,6 +172,7 @@ class RewardSummary(Record):
             swap_consistency=self.pairwise.swap_consistency,
             models_agree=self.models_agree,
             best_of_n=best.accuracy if best else None,
+            gold_accuracy=self.gold.accuracy if self.gold else None,
             new_policy=next((c.pointwise for c in self.history if c.pairs == last and c.standing == "next"), None),
         )
 
@@ -164,7 +180,10 @@ class RewardSummary(Record):
         """One line for people."""
         accuracies = ", ".join(
             f"{name} {_said(estimate)}" for name, estimate in
-            (("pointwise", self.pointwise_accuracy), ("pairwise", self.pairwise_accuracy))
+            (
+                ("pointwise", self.pointwise_accuracy), ("pairwise", self.pairwise_accuracy),
+                ("gold", self.gold.accuracy if self.gold else None),
+            ) if estimate is not None
         )  # fmt: skip
         signals = ", ".join(
             f"p({name}) "
@@ -183,6 +202,17 @@ class RewardSummary(Record):
         """The style features that the score goes along with most within a prompt, of those told from chance."""
         flagged = [one for one in self.pointwise.leans if one.flagged]
         return sorted(flagged, key=lambda one: -abs(one.within.value or 0.0))[:most]
+
+
+def no_judge(accuracy: Estimate | None) -> str | None:
+    """Why a gold model with this held-out accuracy can tell nothing of others; None where it is better than chance."""
+    name = "the gold model itself"
+    if accuracy is None or accuracy.value is None or accuracy.low is None or accuracy.high is None:
+        return f"{name} was not measured: {(accuracy and accuracy.reason) or 'no held-out accuracy'}"
+    if accuracy.low > CHANCE:
+        return None
+    span = f"{accuracy.value:.0%} [{accuracy.low:.0%}, {accuracy.high:.0%}], n = {accuracy.n}"
+    return f"{name} is not shown to know better than chance ({span})"
 
 
 def _said(estimate: Estimate) -> str:

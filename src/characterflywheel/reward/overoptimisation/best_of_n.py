@@ -3,6 +3,11 @@
 The reward of the best of n is averaged over all subsets of size n, an unbiased estimate: by order statistics, a
 candidate with L lower and E equal scores, its own among them, is taken with chance
 (C(L + E, n) - C(L, n)) / (E C(N, n)).
+
+Where the candidates are as many of each of several policies, so are the subsets, on average: the pool is stratified,
+and its best of n is further ahead than that of n independent draws from the mixture, whose divergence stands beside it.
+With two policies one unit apart, four replies of each, the best of 2 is 0.786 above the lower against 0.750, the best
+of 4 0.986 against 0.938. The bias is nothing where policies score alike.
 """
 
 import numpy as np

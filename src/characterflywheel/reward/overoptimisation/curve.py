@@ -11,14 +11,15 @@ from .forms import scaling_fit, slope
 
 
 def curve(
-    way: Way, where: Sequence[At], measured: Measured, *, prompts: int, replies: int, ties: float | None = None
-) -> OptimisationCurve:
+    way: Way, where: Sequence[At], measured: Measured, *, prompts: int, users: int, replies: int,
+    ties: float | None = None,
+) -> OptimisationCurve:  # fmt: skip
     """The curve with both forms fitted. `where` names the points in the order of the arrays' columns."""
     distance = np.sqrt(np.clip(measured.kl, 0, None))
     gap = None if measured.gold is None else measured.proxy - measured.gold
 
     def column(rows: Numbers | None, i: int) -> Estimate:
-        return estimate(None if rows is None else rows[:, i], where[i].prompts)
+        return estimate(None if rows is None else rows[:, i], where[i].prompts, where[i].users)
 
     points = tuple(
         OptimisedPoint(
@@ -31,9 +32,9 @@ def curve(
     )  # fmt: skip
     return OptimisationCurve(
         way=way, prompts=prompts, replies=replies, points=points, ties=ties,
-        proxy=scaling_fit(way, distance, measured.proxy, prompts),
-        gold=scaling_fit(way, distance, measured.gold, prompts),
-        gap_growth=slope(distance, gap, prompts),
+        proxy=scaling_fit(way, distance, measured.proxy, prompts, users),
+        gold=scaling_fit(way, distance, measured.gold, prompts, users),
+        gap_growth=slope(distance, gap, prompts, users),
     )  # fmt: skip
 
 
@@ -46,13 +47,13 @@ def nothing(way: Way, reason: str) -> OptimisationCurve:
     )  # fmt: skip
 
 
-def said(found: OptimisationCurve) -> str:
-    """Whether gold followed the proxy, and how far, in one sentence."""
+def said(found: OptimisationCurve, *, trusted: bool = True) -> str:
+    """Whether gold followed the proxy, and how far, in one sentence; of a gold model that is not trusted, nothing."""
     if not found.points:
         return found.gap_growth.reason or "nothing to measure"
     last, turn = found.points[-1], found.gold.turn
     far = f"best of {last.n}" if last.n else f"{last.kl.value:.2f} nats"
-    if last.proxy.value is None or last.gold.value is None:
+    if not trusted or last.proxy.value is None or last.gold.value is None:
         proxy = "unmeasured" if last.proxy.value is None else f"{last.proxy.value:+.2f}"
         return f"proxy {proxy} at {far}, gold unmeasured"
     reached = f"proxy {last.proxy.value:+.2f}, gold {_interval(last.gold)}"

@@ -35,8 +35,9 @@ def turn(way: Way, alpha: Numbers, beta: Numbers) -> Numbers:
     return np.where(beta > 0, np.clip(peak, 0, None), flat)
 
 
-def scaling_fit(way: Way, distance: Numbers, rewards: Numbers | None, n: int) -> ScalingFit:
-    """Fit alpha and beta to points, arrays (1 + draws, points) as in `bootstrap`; `n` prompts are behind them.
+def scaling_fit(way: Way, distance: Numbers, rewards: Numbers | None, n: int, users: int) -> ScalingFit:
+    """Fit alpha and beta to points, arrays (1 + draws, points) as in `bootstrap`, with `n` prompts of so many users
+    behind them.
 
     A turn beyond the farthest point is no number, and its interval is open where draws turn beyond.
     """
@@ -67,7 +68,7 @@ def scaling_fit(way: Way, distance: Numbers, rewards: Numbers | None, n: int) ->
     left = r[0] - x[0] @ solved[0]
     spread = float(weight @ (r[0] - weight @ r[0]) ** 2)
     return ScalingFit(
-        alpha=estimate(alpha, n), beta=estimate(beta, n), turn=highest, farthest=farthest,
+        alpha=estimate(alpha, n, users), beta=estimate(beta, n, users), turn=highest, farthest=farthest,
         turn_n=None if highest.value is None or way == "rl" else n_at(highest.value),
         r2=1 - float(weight @ left**2) / spread if spread > 0 else None,
         residual=float(np.sqrt((left**2).mean())),
@@ -86,9 +87,11 @@ def _turn(peaks: Numbers, farthest: float, n: int) -> Estimate:
     return Estimate(value=peaks[0], low=low, high=high, n=n)
 
 
-def slope(distance: Numbers, values: Numbers | None, n: int) -> Estimate:
+def slope(distance: Numbers, values: Numbers | None, n: int, users: int) -> Estimate:
     """How much values grow for each unit of distance, by least squares through the origin."""
     if values is None:
-        return estimate(None, n)
+        return estimate(None, n, users)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return estimate((distance * values).sum(1) / (distance**2).sum(1), n, "no point has a distance and a score")
+        return estimate(
+            (distance * values).sum(1) / (distance**2).sum(1), n, users, "no point has a distance and a score"
+        )

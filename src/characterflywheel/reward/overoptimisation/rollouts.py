@@ -50,11 +50,13 @@ def pooled(steps: Sequence[int], points: int) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in np.array_split(known, min(points, len(known)))]
 
 
-def measure(groups: Sequence[Group], start: Scores, points: int, weights: Numbers) -> tuple[list[At], Measured]:
+def measure(
+    groups: Sequence[Group], start: Scores, points: int, weights: Numbers, users: Sequence[str]
+) -> tuple[list[At], Measured]:
     """A point for each run of steps: mean divergence, and rewards against the start's on the same prompts.
 
     The start is 0 and the unit its standard deviation between replies to one prompt. `weights` (rows, prompts): see
-    `bootstrap.resampled`.
+    `bootstrap.resampled`, made of the same `users`, one for each prompt.
     """
     runs = pooled([g.step for g in groups], points)
     prompt = np.array([g.prompt for g in groups])
@@ -70,8 +72,9 @@ def measure(groups: Sequence[Group], start: Scores, points: int, weights: Number
             return np.asarray(more / np.sqrt(weights @ begins.var(axis=1, ddof=1))[:, None])
 
     gold = [g.gold for g in groups if g.gold is not None]
-    asked = [len(set(prompt[member[:, i] > 0].tolist())) for i in range(len(runs))]
-    return [At(n, steps=run) for n, run in zip(asked, runs, strict=True)], Measured(
+    asked = [set(prompt[member[:, i] > 0].tolist()) for i in range(len(runs))]
+    where = [At(len(own), len({users[p] for p in own}), steps=run) for own, run in zip(asked, runs, strict=True)]
+    return where, Measured(
         mean([g.kl.mean() for g in groups]),
         mean([g.kl_plain.mean() for g in groups]),
         standardised([g.proxy for g in groups], start.proxy),

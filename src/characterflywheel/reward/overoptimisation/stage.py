@@ -1,6 +1,8 @@
 """The over-optimisation stage: how proxy and gold reward go with the distance that selection and RL went.
 
-Best-of-n costs no sampling: its candidates are rejection sampling's, so the policy is its pool. RL's rollouts were kept
+Best-of-n costs no sampling: its candidates are rejection sampling's, so the policy is its pool (stratified: see
+`best_of_n`). The proxy is the pointwise model in both: what RL climbs, and what selection climbs where no signal
+counts, before its filters and safety's veto. RL's rollouts were kept
 with the policy's log-probabilities; here their start reads them once, and answers the same prompts to be compared
 with. Nothing here drives anything, so that the gold model stays gold.
 """
@@ -26,8 +28,9 @@ from ...llm.shared_prefix import Path as TokenPath
 from ...llm.shared_prefix import reply_logprobs
 from ...pipeline import Work, write_atomically
 from ...progress import Advance
-from ...records import Candidate, ChatMessage, Prompt, Record, Rollout
+from ...records import Candidate, ChatMessage, Estimate, Prompt, Record, Rollout
 from .. import network
+from ..summary import no_judge
 from . import best_of_n
 from .bootstrap import NO_GOLD, At, Numbers, resampled
 from .curve import curve, nothing, said
@@ -46,15 +49,22 @@ class Scorer(Protocol):
 
 
 class OveroptimisationSummary(Record):
-    """Both curves, as the ledger keeps them."""
+    """Both curves, as the ledger keeps them, and the gold model's own held-out accuracy (None: there is no such model).
+
+    Of a gold model that is not shown to know better than chance the curves are kept, and nothing is concluded.
+    """
 
     best_of_n: OptimisationCurve
     rl: OptimisationCurve
+    gold_accuracy: Estimate | None = None
 
     def line(self) -> str:
-        line = f"best of n: {said(self.best_of_n)} · RL: {said(self.rl)}"
-        absent = self.best_of_n.gold.alpha.reason == NO_GOLD
-        return f"{line} · {NO_GOLD}" if absent else line
+        doubt = NO_GOLD if self.gold_accuracy is None else no_judge(self.gold_accuracy)
+        line = " · ".join(
+            f"{name}: {said(found, trusted=doubt is None)}"
+            for name, found in (("best of n", self.best_of_n), ("RL", self.rl))
+        )
+        return f"{line} · {doubt}" if doubt else line
 
 
 class ScoredReply(Record):
@@ -70,9 +80,10 @@ class ScoredReply(Record):
 
 
 class Judges(NamedTuple):
-    """Proxy and gold, and the prompts by id that they are asked about."""
+    """Proxy and gold, the prompts by id that they are asked about, and whose these are."""
 
     asked: Mapping[str, tuple[ChatMessage, ...]]
+    users: Mapping[str, str]
     proxy: Scorer
     gold: Scorer | None
 
@@ -88,14 +99,16 @@ class Judges(NamedTuple):
 def measure_overoptimisation(
     work: Work, config: OveroptimisationConfig, rl: RLConfig, prompts: Sequence[Prompt],
     candidates: Sequence[Candidate], rollouts: Sequence[Rollout], start: Path, proxy: Scorer, gold: Scorer | None, *,
-    threads: int, batch_replies: int, device: str = "cpu", on_progress: Advance = lambda done, total: None,
+    gold_accuracy: Estimate | None = None, threads: int, batch_replies: int, device: str = "cpu",
+    on_progress: Advance = lambda done, total: None,
 ) -> OveroptimisationSummary:  # fmt: skip
     """Measure both curves; writes `curves.json` and `scores.parquet` (ScoredReply).
 
     `candidates` are rejection sampling's, `start` is the folder that RL began from, `rl` how it sampled. Without a
-    gold model the proxy's curves stand alone and say so.
+    gold model the proxy's curves stand alone and say so. `gold_accuracy` is the gold model's on held-out pairs: without
+    one it is not trusted.
     """
-    judges = Judges({p.id: p.messages for p in prompts}, proxy, gold)
+    judges = Judges({p.id: p.messages for p in prompts}, {p.id: p.user_id for p in prompts}, proxy, gold)
     selection, rows = _best_of_n(config, judges, candidates, work.seed)
     on_progress(1, PARTS)
     groups = _spread([r for r in rollouts if r.prompt_id in judges.asked], config.rl_prompts)
@@ -114,7 +127,8 @@ def measure_overoptimisation(
     on_progress(3, PARTS)
     policy, more = _rl(config, judges, groups, moved, own, work.seed)
     on_progress(PARTS, PARTS)
-    summary = OveroptimisationSummary(best_of_n=selection, rl=policy)
+    judged = gold and (gold_accuracy or Estimate(value=None, n=0, reason="no held-out accuracy"))
+    summary = OveroptimisationSummary(best_of_n=selection, rl=policy, gold_accuracy=judged)
     tables.write(work.folder / "scores.parquet", ScoredReply, rows + more)
     write_atomically(work.folder / "curves.json", summary.model_dump_json(indent=1) + "\n")
     return summary
@@ -132,10 +146,12 @@ def _best_of_n(config: OveroptimisationConfig, judges: Judges, candidates: Seque
     if count < 2:
         return nothing("best_of_n", f"{len(candidates)} candidates, two to a prompt are needed"), []
     scores = judges.score(names, [texts[name] for name in names])
-    weights = resampled(len(names), config.draws, derive_seed(seed, "best_of_n"))
+    users = [judges.users[name] for name in names]
+    people = len(set(users))
     found = curve(
-        "best_of_n", [At(len(names), n=n + 1) for n in range(count)], best_of_n.measure(*scores, weights),
-        prompts=len(names), replies=scores.proxy.size, ties=best_of_n.ties(scores.proxy),
+        "best_of_n", [At(len(names), people, n=n + 1) for n in range(count)],
+        best_of_n.measure(*scores, resampled(users, config.draws, derive_seed(seed, "best_of_n"))),
+        prompts=len(names), users=people, replies=scores.proxy.size, ties=best_of_n.ties(scores.proxy),
     )  # fmt: skip
     return found, _rows("best_of_n", names, scores)
 
@@ -163,9 +179,11 @@ def _rl(
                         gold=None if mine is None else mine[j])
             for j, r in enumerate(group)
         ]  # fmt: skip
-    weights = resampled(len(names), config.draws, derive_seed(seed, "rl"))
-    where, measured = measure(read, start, config.rl_points, weights)
-    return curve("rl", where, measured, prompts=len(names), replies=sum(map(len, groups))), rows
+    users = [judges.users[name] for name in names]
+    weights = resampled(users, config.draws, derive_seed(seed, "rl"))
+    where, measured = measure(read, start, config.rl_points, weights, users)
+    found = curve("rl", where, measured, prompts=len(names), users=len(set(users)), replies=sum(map(len, groups)))
+    return found, rows
 
 
 def _by_prompt(candidates: Sequence[Candidate]) -> dict[str, list[str]]:
