@@ -144,7 +144,7 @@ def test_bytes_are_those_of_the_linear_layers() -> None:
     assert packed("bert").nbytes == sum(4 * (part.weight.numel() + part.bias.numel()) for part in linear)
 
 
-@pytest.mark.parametrize("change", ["fused AdamW", "through .data", "replaced", "moved"])
+@pytest.mark.parametrize("change", ["fused AdamW", "through .data", "rows", "rows .data", "replaced", "moved"])
 def test_weights_that_changed_are_noticed(change: str) -> None:
     mine = tiny_llama().model
     weights = reading.pack(mine)
@@ -157,6 +157,11 @@ def test_weights_that_changed_are_noticed(change: str) -> None:
         torch.optim.AdamW([last.weight], lr=0.1, fused=True).step()
     elif change == "through .data":
         last.weight.data += 0.1
+    elif change == "rows":
+        with torch.no_grad():
+            last.weight[-1] *= 3
+    elif change == "rows .data":
+        last.weight.data[5:] *= 3
     elif change == "replaced":
         last.weight = torch.nn.Parameter(last.weight.detach() * 2)
     else:

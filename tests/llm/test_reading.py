@@ -80,7 +80,7 @@ def test_gradients_make_one_graph() -> None:
 def test_a_path_as_long_as_the_window_runs_and_a_longer_one_is_refused(kind: Any, window: int) -> None:
     """RoBERTa's first position is behind its padding token's number, 1."""
     model = tiny_encoder(kind) if kind else llama()
-    assert reading.window(model) == window
+    assert reading.window(model.config) == window
     with torch.no_grad():
         assert reading.states(model, [((5,) * window,)], [(-1,)]).isfinite().all()
         with pytest.raises(

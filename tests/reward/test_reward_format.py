@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reward_fixture import SYSTEM, asks, tiny_policy
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, RobertaConfig
 
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.models import encoder_folder
@@ -100,6 +100,18 @@ def test_prompts_are_cut_to_the_backbones_window() -> None:
     assert format.make(ENCODER, 100, 150).max_prompt_tokens == 100
     with pytest.raises(FlywheelError, match=r"reads 512 tokens; two replies of reward.max_reply_tokens = 250 leave 12"):
         format.make(ENCODER, 100, 250)
+
+
+def test_a_window_that_begins_behind_the_padding_is_shorter(tmp_path: Path) -> None:
+    """RoBERTa's 514 positions hold 512 tokens, whatever the tokenizer knows of it."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(ENCODER / name, tmp_path / name)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("model_max_length", "max_length")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    RobertaConfig(max_position_embeddings=514, pad_token_id=1).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length > 514
+    assert format.make(tmp_path, 1000, 150).max_prompt_tokens == 212
 
 
 def test_a_tokenizer_with_neither_template_nor_separator_is_a_clear_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A network's weights laid out for scoring, and the forward pass over them (PAPER section 3; no gradients).
 
-What makes it faster than `shared_prefix` and `prefix_encoder`, which it equals to float accuracy:
+What makes it faster than `shared_prefix` and `prefix_encoder`, which it equals to float32's accuracy in float32 (in
+bfloat16 states between layers are rounded too, so that it is a little further from float32 than autocast is):
 
 - oneDNN's prepacked products (what `torch.compile` with freezing would call), with the activation, the residual and
   the gate's product done inside them; query, key and value are one product;
@@ -25,7 +26,7 @@ from .segment_attention import Group, attend, groups
 from .shared_prefix import Forest
 
 ROWS = 512  # the number of rows for which oneDNN chooses its layout; any other number runs too
-SAMPLE = 64  # values of each parameter that are compared to tell that it has changed
+SAMPLE = 64  # values of each parameter, spread over it, that are compared to tell that it has changed
 ACTIVATIONS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {  # oneDNN's name and algorithm, and PyTorch's
     "silu": ("swish", "", functional.silu),
     "gelu": ("gelu", "none", functional.gelu),
@@ -155,8 +156,8 @@ class Packed:
         parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, Linear)]
         self.nbytes = sum(part.nbytes for part in parts)
         _keep_freed_memory()
-        self._where = [p.data_ptr() for p in model.parameters()]
-        self._samples = [p.detach().flatten()[:SAMPLE] for p in model.parameters()]
+        self._state = self._versions()
+        self._samples = [p.detach().view(-1)[:: max(1, p.numel() // SAMPLE)] for p in model.parameters()]
         self._sampled = torch.cat(self._samples).clone()
 
     @torch.no_grad()
@@ -176,13 +177,14 @@ class Packed:
     def check(self) -> None:
         """Refuse to score with weights that are no longer the model's.
 
-        Every parameter's address and first values are compared: optimiser versions do not count what fused AdamW or
-        a write through `.data` does.
+        Every parameter's address, version and values spread over it are compared: versions do not count what fused
+        AdamW or a write through `.data` does. What is written through `.data` to other values alone is not noticed.
         """
-        if [p.data_ptr() for p in self.model.parameters()] != self._where or not torch.equal(
-            torch.cat(self._samples), self._sampled
-        ):
+        if self._versions() != self._state or not torch.equal(torch.cat(self._samples), self._sampled):
             raise FlywheelError("the model's weights have changed since they were packed: pack it again.")
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
 
     def _embed(self, forest: Forest) -> tuple[Tensor, Tensor]:
         if self.both_ways:

@@ -39,11 +39,10 @@ def hidden_states(model: Any, forest: Forest) -> Tensor:
 
 def embed(model: Any, forest: Forest) -> Tensor:
     """Normalised sums of token, position and type embeddings, shape (N, width)."""
-    positions = (forest.positions + first_position(model)).unsqueeze(0)
+    positions = (forest.positions + first_position(model.config)).unsqueeze(0)
     return model.embeddings(input_ids=forest.ids.unsqueeze(0), position_ids=positions)[0]  # type: ignore[no-any-return]
 
 
-def first_position(model: Any) -> int:
-    """The position of the first token: RoBERTa counts from behind its padding token's number."""
-    padding: int | None = model.embeddings.position_embeddings.padding_idx
-    return 0 if padding is None else padding + 1
+def first_position(config: Any) -> int:
+    """The position of the first token: RoBERTa counts from behind its padding token's number, BERT from 0."""
+    return 0 if config.model_type == "bert" else config.pad_token_id + 1

@@ -75,11 +75,11 @@ def in_batches(paths: Sequence[Path], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def window(model: Any) -> int | None:
-    """The number of tokens that the model has positions for; None where it has no such bound."""
-    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and model.config.model_type in prefix_encoder.FAMILY:
-        most -= prefix_encoder.first_position(model)
+def window(config: Any) -> int | None:
+    """The number of tokens that a model of this configuration has positions for; None where it has no such bound."""
+    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and config.model_type in prefix_encoder.FAMILY:
+        most -= prefix_encoder.first_position(config)
     return most
 
 
@@ -111,7 +111,7 @@ def _check(model: Any, paths: Sequence[Path], read: Sequence[Sequence[int]]) -> 
         raise FlywheelError("there are no paths to read: give at least one.")
     if len({len(at) for at in read}) != 1:
         raise FlywheelError("different numbers of places are to be read: give as many places on each path.")
-    most = window(model)
+    most = window(model.config)
     for path, at in zip(paths, read, strict=True):
         length = _length(path)
         if not length:

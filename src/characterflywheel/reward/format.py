@@ -98,9 +98,11 @@ def make(folder: Path, max_prompt_tokens: int, max_reply_tokens: int) -> Form:
     """
     from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415 - takes seconds, which a plan can do without
 
+    from ..llm import reading  # noqa: PLC0415 - likewise
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     form = ChatForm if tokenizer.chat_template else EncoderForm
-    positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    positions = reading.window(AutoConfig.from_pretrained(folder))
     window = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
     probe = form(tokenizer, max_prompt_tokens, max_reply_tokens)
     room = window - 2 * max_reply_tokens - len(probe.opening)
