@@ -40,7 +40,7 @@ from .workspace import Workspace
 
 S = TypeVar("S", bound=Record)
 Inputs = Mapping[str, Stage[Any]]
-VERSIONS = {"annotate": 2, "reward": 2, "rejection_sampling": 2, "rl": 2}
+VERSIONS = {"annotate": 2, "reward": 2, "rejection_sampling": 2, "sft": 2, "dpo": 2, "rl": 2}
 """A stage whose code changes what it makes gets a new version here, so that old artifacts are not served."""
 
 Oracle = Callable[[Bank], Truth]
@@ -74,8 +74,10 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh)
 
     # Herding: a careful step uphill.
-    sft = stage("sft", config.sft, TrainingSummary, shop.train_sft, {"selected": rejection, "rewrites": annotate})
-    dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, {"model": sft, "pairs": annotate})
+    examples: Inputs = {"selected": rejection, "rewrites": annotate, "judge": reward}
+    sft = stage("sft", config.sft, TrainingSummary, shop.train_sft, examples)
+    preferred: Inputs = {"model": sft, "pairs": annotate, "judge": reward}
+    dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, preferred)
     rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh})
 
     # Evaluation: how far the reward could be trusted, offline, then the gate, then people.

@@ -295,6 +295,13 @@ class Dropped(Record):
     prompt_id: str | None = None
 
 
+class SetAside(Record):
+    """A training prompt and its user, from whose comparisons only the gold reward model learns."""
+
+    prompt_id: str
+    user_id: str
+
+
 class Example(Record):
     """One supervised example: OpenAI-style `messages`, the last one to be learnt, and where it came from."""
 

@@ -28,7 +28,19 @@ from .llm.native import NativeModel
 from .people import Bank, People
 from .pipeline import Artifact, Runner, Work, write_atomically
 from .progress import announce, progress
-from .records import Candidate, Character, Example, Message, Preference, Prompt, Record, Rollout, Signal, User
+from .records import (
+    Candidate,
+    Character,
+    Example,
+    Message,
+    Preference,
+    Prompt,
+    Record,
+    Rollout,
+    SetAside,
+    Signal,
+    User,
+)
 from .release import registry
 from .release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels
@@ -343,10 +355,12 @@ class Workshop:
     # Herding
 
     def train_sft(self, work: Work) -> TrainingSummary:
-        """On what rejection sampling accepted and what annotators rewrote."""
+        """On what rejection sampling accepted and what annotators rewrote, but for the gold model's users."""
         self._models.clear()
         examples = tables.read(work.inputs["selected"] / "examples.parquet", Example)
-        examples += tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
+        aside = _set_aside(work)
+        rewrites = tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
+        examples += [example for example in rewrites if example.user_id not in aside]
         with progress("sft") as advance:
             return train_sft(
                 work, self.config.sft, self.parent_folder, examples, threads=self.threads, device=self.device,
@@ -354,7 +368,10 @@ class Workshop:
             )  # fmt: skip
 
     def train_dpo(self, work: Work) -> DPOSummary:
+        """On what annotators preferred, but for the gold model's users."""
+        aside = _set_aside(work)
         pairs = tables.read(work.inputs["pairs"] / "pairs.parquet", Preference)
+        pairs = [pair for pair in pairs if pair.user_id not in aside]
         with progress("dpo") as advance:
             return train_dpo(
                 work, self.config.dpo, work.inputs["model"] / "model", pairs, threads=self.threads,
@@ -506,6 +523,11 @@ class Workshop:
             [p.messages for p in prompts], sampling=sampling, seeds=[seed + i for i in range(len(prompts))]
         )
         return [(p.id, several[0].text) for p, several in zip(prompts, replies, strict=True)]
+
+
+def _set_aside(work: Work) -> set[str]:
+    """The users from whose comparisons only the gold model learns."""
+    return {row.user_id for row in tables.read(work.inputs["judge"] / "gold.parquet", SetAside)}
 
 
 def _candidates(work: Work) -> list[Candidate]:

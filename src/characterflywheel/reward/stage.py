@@ -2,7 +2,9 @@
 
 Pairs that cannot teach are screened out and kept by name in `dropped.parquet`. Where `gold_share` asks for it, a gold
 model learns from users of its own; nothing that trains or selects ever asks it, so that it can tell when the others
-are over-optimised.
+are over-optimised. `gold.parquet` names these users, and no other model of the generation learns from their
+comparisons or rewrites: neither the preference models here nor SFT and DPO. Their conversations are kept from nobody:
+signal models learn from their reactions, and their prompts are answered in rejection sampling and RL.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ from ..config import RewardConfig
 from ..errors import FlywheelError
 from ..ids import derive_seed
 from ..pipeline import Work
-from ..records import Conversation, Dropped, Preference, Signal
+from ..records import Conversation, Dropped, Preference, SetAside, Signal
 from . import format, history, network, screen
 from .composite import RewardModels, signal_scales
 from .fit import Objective, schedule
@@ -63,6 +65,8 @@ def train_rewards(
     split = split_gold(training, config.gold_share, derive_seed(work.seed, "gold"))
     for side in filter(None, split):
         screen.check_trainable(side, screened.reasons)
+    aside = sorted({(pair.prompt_id, pair.user_id) for pair in split.gold})
+    tables.write(work.folder / "gold.parquet", SetAside, [SetAside(prompt_id=p, user_id=u) for p, u in aside])
     steps = {
         name: schedule(mine, config.pairs_per_step, config.epochs, derive_seed(work.seed, name))
         for name, mine in (("pointwise", split.proxy), ("pairwise", split.proxy), ("gold", split.gold))
