@@ -37,6 +37,21 @@ def stage(
     return Stage(name, version, config, Count, run, seed, inputs or {}, external or {})
 
 
+def test_what_a_stage_notes_is_kept_beside_its_identity(tmp_path: Path) -> None:
+    def noting(work: Work) -> Count:
+        work.notes["scores"] = "elsewhere"
+        return write(work)
+
+    made = Runner(tmp_path).run(stage(noting))
+    assert made.record.notes == {"scores": "elsewhere"}
+    assert made.record.hash == stage().hash
+    file = made.folder / "artifact.json"
+    old = json.loads(file.read_text(encoding="utf-8"))
+    del old["notes"]
+    file.write_text(json.dumps(old), encoding="utf-8")
+    assert Runner(tmp_path).load(stage()).record.notes == {}, "what an older version wrote can be read"
+
+
 def test_a_done_stage_is_not_run_again(tmp_path: Path) -> None:
     runs, said = [], []
 

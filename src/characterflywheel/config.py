@@ -182,7 +182,7 @@ class RewardConfig(Section):
         description="weight of a reliable signal's standardised log-odds beside preference 1.0; others weigh nothing",
     )
     server: str | None = Field(
-        None, exclude=True,  # who computes is no part of what is computed, nor of a stage's identity
+        None, exclude=True,  # the same models and code elsewhere; vLLM is, see `generation.compose`
         description="address of a `flywheel score` that selection, RL and evaluation ask instead of loading models; "
         "`vllm+http://...`: of a vLLM server with the pointwise model",
     )  # fmt: skip

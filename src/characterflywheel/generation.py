@@ -71,21 +71,22 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     compared = {f"generation {past.generation}": f"{past.rewards.name} {past.pairs.name}" for past in shop.past}
     reward = stage("reward", config.reward, RewardSummary, shop.train_rewards, learned, models | compared)
     fresh: Inputs = {"prompts": curate, "judge": reward}
-    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh)
+    asks = models | shop.scored_by
+    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh, asks)
 
     # Herding: a careful step uphill.
     examples: Inputs = {"selected": rejection, "rewrites": annotate, "judge": reward}
     sft = stage("sft", config.sft, TrainingSummary, shop.train_sft, examples)
     preferred: Inputs = {"model": sft, "pairs": annotate, "judge": reward}
     dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, preferred)
-    rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh})
+    rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh}, asks)
 
     # Evaluation: how far the reward could be trusted, offline, then the gate, then people.
     climbed: Inputs = {"scored": rejection, "start": dpo, "policy": rl, **fresh}
     overoptimisation = stage(
-        "overoptimisation", config.overoptimisation, OveroptimisationSummary, shop.watch_optimisation, climbed
+        "overoptimisation", config.overoptimisation, OveroptimisationSummary, shop.watch_optimisation, climbed, asks
     )
-    offline = stage("offline", config.offline, OfflineSummary, shop.evaluate_offline, {"model": rl, **fresh})
+    offline = stage("offline", config.offline, OfflineSummary, shop.evaluate_offline, {"model": rl, **fresh}, asks)
     watched: Inputs = {
         "pairs": annotate,
         "selected": rejection,

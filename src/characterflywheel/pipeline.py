@@ -49,6 +49,9 @@ class ArtifactRecord(BaseModel):
     device: str
     seconds: float
     peak_memory_mb: float
+    notes: dict[str, str] = Field(
+        default_factory=dict, description="how it was made, where that is no part of the identity: who computed scores"
+    )
     erased: dict[str, dict[str, int]] = Field(
         default_factory=dict,
         description="rows taken out since, by erasure and file; `outputs` are the files' hashes now",
@@ -75,6 +78,7 @@ class Work:
     folder: Path
     seed: int
     inputs: Mapping[str, Artifact[Any]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # for `artifact.json`
 
     @property
     def partial(self) -> Path:
@@ -157,7 +161,8 @@ class Runner:
         started = time.monotonic()
         reset_peak_memory()
         inputs = {role: self.load(source) for role, source in stage.inputs.items()}
-        summary = stage.run(Work(folder, ids.derive_seed(stage.seed, stage.name), inputs))
+        work = Work(folder, ids.derive_seed(stage.seed, stage.name), inputs)
+        summary = stage.run(work)
         seconds = time.monotonic() - started
         shutil.rmtree(folder / ".partial", ignore_errors=True)
         record = ArtifactRecord(
@@ -174,6 +179,7 @@ class Runner:
             device=platform.processor() or platform.machine(),
             seconds=round(seconds, 3),
             peak_memory_mb=round(peak_memory_mb(), 1),
+            notes=work.notes,
         )
         write_atomically(folder / "artifact.json", record.model_dump_json(indent=1))
         self.announce(stage.name, f"{seconds:.1f} s · {summary_line(summary)}")

@@ -218,6 +218,13 @@ class Workshop:
         text = json.dumps([models, self.config.serving.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def scored_by(self) -> dict[str, str]:
+        """What of who computes scores is part of an identity: `flywheel score` has this version's models and code,
+        vLLM has its own."""
+        server = self.config.reward.server
+        return {"scores": "vllm"} if server is not None and server.startswith("vllm+") else {}
+
     @cached_property
     def previous(self) -> str:
         """The stage after which this generation's window begins: the experiment before, or nothing."""
@@ -262,19 +269,26 @@ class Workshop:
         """The policies that propose replies: the model in service, and the same told how to write."""
         return {"parent": self.parent_model, "coached": RewritePolicy(self.parent_model)}
 
-    def rewards(self, artifact: Artifact[RewardSummary]) -> "RewardModels | RemoteRewards":
-        """The reward models of an artifact: loaded here, or the same on the scoring server that config names."""
-        server = self.config.reward.server
+    def rewards(self, work: Work) -> "RewardModels | RemoteRewards":
+        """The reward models that are a stage's `judge`: loaded here, or the same on the server that config names.
+
+        Who computes, and how exactly, is noted for the stage's `artifact.json`.
+        """
+        artifact, server = work.inputs["judge"], self.config.reward.server
         if server is not None and not server.startswith("vllm+"):
             from .reward.remote import connect  # noqa: PLC0415 - only where a server is asked
             from .reward.wire import content_of  # noqa: PLC0415
 
-            return connect(server, artifact.folder.name, content_of(artifact.record.outputs))
+            remote = connect(server, artifact.folder.name, content_of(artifact.record.outputs))
+            work.notes["scores"] = f"flywheel score, {remote.card.precision}"
+            return remote
         models = RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
+        work.notes["scores"] = f"here, {models.precision}"
         if server is not None:
             from .reward.vllm import served  # noqa: PLC0415
 
             models.pointwise = served(models.pointwise, server)
+            work.notes["scores"] += "; pointwise: vLLM"
         return models
 
     # Data consolidation
@@ -348,7 +362,7 @@ class Workshop:
 
     def reject(self, work: Work) -> RejectionSummary:
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        judge = self.rewards(work.inputs["judge"])
+        judge = self.rewards(work)
         with progress("rejection_sampling") as advance:
             return reject(work, self.config.rejection_sampling, prompts, self.pool(), judge, self.safety, advance)
 
@@ -386,7 +400,7 @@ class Workshop:
         chosen = choose_prompts(prompts, candidates, wanted, config.ordinary_share, work.seed)
         with progress("rl") as advance:
             return train_rl(
-                work, config, work.inputs["model"] / "model", chosen, self.rewards(work.inputs["judge"]).pointwise,
+                work, config, work.inputs["model"] / "model", chosen, self.rewards(work).pointwise,
                 self.safety, threads=self.threads, batch_replies=self.config.models.batch_replies, device=self.device,
                 on_progress=advance,
             )  # fmt: skip
@@ -398,7 +412,7 @@ class Workshop:
         self._models.clear()
         prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
         rollouts = tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout)
-        judge = self.rewards(work.inputs["judge"])
+        judge = self.rewards(work)
         judged: RewardSummary = work.inputs["judge"].summary
         with progress("overoptimisation") as advance:
             return measure_overoptimisation(
@@ -413,7 +427,7 @@ class Workshop:
         new = self.model(work.inputs["model"] / "model", self.model_name)
         with progress("offline") as advance:
             return evaluate_offline(
-                work, self.config.offline, prompts, self.parent_model, new, self.rewards(work.inputs["judge"]),
+                work, self.config.offline, prompts, self.parent_model, new, self.rewards(work),
                 self.known_characters, advance, self.safety,
             )  # fmt: skip
 

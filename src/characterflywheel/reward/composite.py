@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..llm.native import fast_dtype
 from ..records import ChatMessage, Record, Scored, SignalKind
 from ..safety.policy import SafetyPolicy
 from . import export, stored
@@ -46,6 +47,12 @@ class RewardModels:
     def weights(self) -> dict[SignalKind, float]:
         """The weights that count: of signals that were reliable on unseen users. Preference has 1."""
         return {kind: w for kind, w in self.signal_weights.items() if w and kind in self.signals.usable}
+
+    @property
+    def precision(self) -> str:
+        """Of products: float32, or bfloat16 where the processor is fast in it."""
+        net = self.pointwise.net
+        return str(net.precision or fast_dtype(net.head.weight.device.type)).removeprefix("torch.")
 
     def composite(self, prompts: Conversations, replies: Sequence[Sequence[str]]) -> list[list[float]]:
         """Standardised preference score plus the weighted standardised log-odds of the usable signals; no veto."""

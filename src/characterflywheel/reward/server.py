@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import FlywheelError
-from ..llm.native import fast_dtype
 from ..pipeline import ArtifactRecord, output_hashes
 from ..serving.errors import ApiError, ErrorBody, add_handlers
 from ..serving.security import BodyLimit
@@ -132,7 +131,7 @@ def card_of(models: RewardModels, folder: Path, generation: int, limits: Limits 
         artifact=folder.name, content=content, generation=generation, mean=models.pointwise.scale.mean,
         deviation=models.pointwise.scale.deviation, signals=tuple(sorted(models.signals.usable)),
         weights=models.weights, gold=models.gold is not None, limits=limits or Limits(),
-        precision=str(models.pointwise.net.precision or fast_dtype(models.pointwise.net.head.weight.device.type))[6:],
+        precision=models.precision,
     )  # fmt: skip
 
 
