@@ -69,7 +69,7 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     # Pre-herding: reward models interpolate what people preferred; the best of n replies become examples.
     learned: Inputs = {"pairs": annotate, "traffic": traffic, "prompts": curate}
     compared = {f"generation {past.generation}": f"{past.rewards.name} {past.pairs.name}" for past in shop.past}
-    reward = stage("reward", config.reward, RewardSummary, shop.train_rewards, learned, models | compared)
+    reward = stage("reward", shop.reward_settings, RewardSummary, shop.train_rewards, learned, models | compared)
     fresh: Inputs = {"prompts": curate, "judge": reward}
     asks = models | shop.scored_by
     rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh, asks)

@@ -14,7 +14,7 @@ from . import ledger, tables
 from .annotation.candidates import RewritePolicy
 from .annotation.stage import AnnotateSummary, annotate
 from .characters import load_characters, roster, system_prompt
-from .config import FlywheelConfig
+from .config import FlywheelConfig, RewardConfig
 from .curation.stage import CurateSummary, curate
 from .errors import FlywheelError, Waiting
 from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
@@ -217,6 +217,12 @@ class Workshop:
         models |= {name: identity(models[name]) for name in ("base", "encoder")}
         text = json.dumps([models, self.config.serving.model_dump()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def reward_settings(self) -> RewardConfig:
+        """The reward stage's settings as part of its identity: the backbone by its content, not by where it lies."""
+        settings = self.config.reward
+        return settings.model_copy(update={"backbone": settings.backbone and identity(settings.backbone)})
 
     @property
     def scored_by(self) -> dict[str, str]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reward_fixture import asks
+from reward_fixture import Letters, asks, tiny_policy
 from safetensors.numpy import save_file
-from scoring_fixture import loaded, outputs, shared_artifact
+from scoring_fixture import loaded, outputs, served, shared_artifact
 
 from characterflywheel import generation, score_commands
 from characterflywheel.errors import FlywheelError
-from characterflywheel.pipeline import Artifact, ArtifactRecord
+from characterflywheel.pipeline import Artifact, ArtifactRecord, Work
+from characterflywheel.reward.composite import RewardModels
 from characterflywheel.reward.remote import RemoteRewards, connect
 from characterflywheel.reward.wire import content_of
 from characterflywheel.workshop import Workshop
@@ -69,6 +70,42 @@ def test_who_computes_is_no_part_of_what_is_made(workspace: Workspace):
     assert [s.hash for s in generation.plan(workspace, config, 1)] == [
         s.hash for s in generation.plan(workspace, shared, 1)
     ]
+
+
+def test_vllm_is_part_of_what_it_scores(workspace: Workspace):
+    config = workspace.config()
+    shared = config.model_copy(update={"reward": config.reward.model_copy(update={"server": "vllm+http://a:8000"})})
+    here, there = (generation.plan(workspace, one, 1) for one in (config, shared))
+    other = [a.name for a, b in zip(here, there, strict=True) if a.hash != b.hash]
+    assert other == [a.name for a in here[[a.name for a in here].index("rejection_sampling") :]]
+    assert all(stage.external["scores"] == "vllm" for stage in there if stage.inputs.keys() >= {"judge", "prompts"})
+
+
+def test_who_computed_the_scores_is_noted(workspace: Workspace, models: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = trained(workspace, models)
+    record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text())
+    work = Work(folder, 1, {"judge": Artifact("reward", folder, None, record)})  # type: ignore[dict-item]
+    monkeypatch.setattr(Workshop, "encoder", Letters())
+    rewards = Workshop(workspace, workspace.config(), None, None, 1).rewards(work)
+    assert isinstance(rewards, RewardModels)
+    assert work.notes == {"scores": f"here, {rewards.precision}"}
+    with served(rewards, folder) as address:
+        ask(workspace, folder, address)
+
+
+def test_a_backbone_is_told_by_its_weights_and_not_by_its_place(workspace: Workspace, tmp_path: Path):
+    def reward(backbone: Path) -> str:
+        config = workspace.config()
+        own = config.model_copy(update={"reward": config.reward.model_copy(update={"backbone": str(backbone)})})
+        return next(stage.hash for stage in generation.plan(workspace, own, 1) if stage.name == "reward")
+
+    folder = tiny_policy(tmp_path / "one" / "backbone")
+    before = reward(folder)
+    assert reward(Path(shutil.copytree(folder, tmp_path / "two" / "backbone"))) == before
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert reward(folder) != before
 
 
 @pytest.mark.parametrize(
@@ -134,7 +171,9 @@ def ask(workspace: Workspace, folder: Path, address: str) -> None:
     config = config.model_copy(update={"reward": config.reward.model_copy(update={"server": address})})
     record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text())
     artifact = Artifact("reward", folder, None, record)
-    rewards = Workshop(workspace, config, None, None, 1).rewards(artifact)  # type: ignore[arg-type]
+    work = Work(folder, 1, {"judge": artifact})  # type: ignore[dict-item]
+    rewards = Workshop(workspace, config, None, None, 1).rewards(work)
+    assert work.notes == {"scores": f"flywheel score, {loaded(folder).precision}"}
     assert isinstance(rewards, RemoteRewards)
     prompts, replies = [asks("Hi"), asks("Ho")], [["tea", "rain"], ["A longer reply?"]]
     here = loaded(folder).pointwise.score(prompts, replies)
