@@ -7,7 +7,7 @@ The quick preset holds out some 50 pairs, on which ten bins show a calibration e
 Here the product's pool and annotate stage make enough of them from the prompts of a workspace (a new one if none is
 given, otherwise read only), several replies to a prompt, each prompt judged by several of the world's annotators. For
 every seed some users' prompts train, all others are held out; models are screened, trained and evaluated by the
-functions of the reward stage. The temperature of a pair is fitted on other prompts. `by chance` is the error that a
+functions of the reward stage. The temperature of a pair is fitted on other users. `by chance` is the error that a
 perfectly calibrated model would show on these pairs.
 
 The claim: calibration error after temperature scaling at most 0.05, for every model and seed. Sampled replies,
@@ -109,6 +109,7 @@ def judged(kind: str, parts: Parts, config: RewardConfig, seed: int, args: argpa
     name = (args.backbone or "base").replace("/", "_").replace(":", "_")
     file = args.work / f"{kind}-{name}-{args.epochs}-{len(parts.training)}-seed{seed}.json"
     ids = [pair.id for pair in parts.held_out]
+    record.made_with(file, config=config.model_dump(), taught=taught(parts.training), judged=taught(parts.held_out))
     if not file.exists():
         model = judges.trained(kind, parts.training, config, seed, args.threads, file.with_suffix(".weights"))
         read = pointwise_margins if isinstance(model, Pointwise) else pairwise_margins
@@ -119,6 +120,11 @@ def judged(kind: str, parts: Parts, config: RewardConfig, seed: int, args: argpa
     if kept.pop("pairs") != ids:
         raise SystemExit(f"{file} judged other pairs: remove it.")
     return Margins(**kept)
+
+
+def taught(pairs: Sequence[Preference]) -> str:
+    """What pairs teach: a pair's id says which replies, not which was chosen nor by how many."""
+    return record.digest((p.id, p.label, p.strength, p.chosen[-1].content) for p in pairs)
 
 
 def evaluation(kind: str, parts: Parts, found: Margins, seed: int) -> PreferenceEvaluation:

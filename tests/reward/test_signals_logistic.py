@@ -1,5 +1,7 @@
 """The fit against scikit-learn; what missing labels, users and class weights must and must not change."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -61,6 +63,24 @@ def test_few_rows_and_many_columns_have_the_same_frame():
     assert z.shape == (12, 11)
     assert z @ z.T == pytest.approx(whole @ whole.T, abs=1e-8)
     assert place.axes.T @ place.axes == pytest.approx(np.eye(11), abs=1e-8)
+
+
+def test_many_rows_are_standardised_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """In parts everything is as it was, and takes a part's memory and not the features' once more."""
+    x, y = np.random.default_rng(0).normal(size=(9000, 300)), (np.arange(9000) % 3 > 0).astype(float)[:, None]
+    tracemalloc.start()
+    place = frame(x, axes=20)
+    assert place.coordinates(x).shape == (9000, 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.6 * x.nbytes
+    few = x[:700, :40]
+    whole = fit(few, y[:700], 2.0)
+    monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 64)
+    parts = fit(few, y[:700], 2.0)
+    assert parts.logits(few) == pytest.approx(whole.logits(few), abs=1e-3)
+    assert (parts.mean, parts.scale) == (pytest.approx(whole.mean), pytest.approx(whole.scale))
+    assert parts.logits(few[:0]).shape == (0, 1)
 
 
 MASKS = st.lists(st.booleans(), min_size=80, max_size=80)

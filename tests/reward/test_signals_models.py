@@ -61,6 +61,19 @@ def test_candidates_of_one_prompt_are_read_as_replies_alone_are():
     assert not together[2, :26].any()  # nothing was said
 
 
+def test_many_replies_are_judged_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    models = SignalModels.train(replies(200), ["continue", "thumb_up"], Letters(), min_auc=0.55, seed=0)
+    prompts, texts = (
+        [asks("hello"), asks("and?"), asks("no")],
+        [["tea and you?", "rain."], [], ["boat", "tea", "I am."]],
+    )
+    whole = models.logits(prompts, texts)
+    monkeypatch.setattr("characterflywheel.reward.signals.models.REPLIES_AT_ONCE", 2)
+    parts = models.logits(prompts, texts)
+    assert [len(part) for part in parts["continue"]] == [2, 0, 3]
+    assert parts == {kind: [pytest.approx(row) for row in rows] for kind, rows in whole.items()}
+
+
 def test_first_words_of_a_conversation_have_no_context():
     x = features([Reply("u", (), "hello")], Letters())
     measured = dict(zip(MEASURES, x[0, -len(MEASURES) :], strict=True))

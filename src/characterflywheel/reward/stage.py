@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from .. import tables
 from ..config import RewardConfig
 from ..errors import FlywheelError
@@ -24,6 +26,8 @@ from .judge import RewardSummary, judge
 from .pairwise import Pairwise
 from .pointwise import Pointwise
 from .signals import Embeds, SignalModels, collect
+
+PAIRS_FOR_SCALES = 2000  # a mean and a deviation are then known to 2%
 
 
 class Split(NamedTuple):
@@ -97,12 +101,13 @@ def train_rewards(
         collect(conversations, signals, config.signals), config.signals, encoder,
         min_auc=config.min_signal_auc, seed=derive_seed(work.seed, "signals"),
     )  # fmt: skip
+    drawn = np.random.default_rng(derive_seed(work.seed, "scales")).permutation(len(split.proxy))[:PAIRS_FOR_SCALES]
+    some = [split.proxy[i] for i in sorted(drawn)]
     scales = signal_scales(
-        reactions,
-        [pair.prompt for pair in split.proxy],
-        [(p.chosen[-1].content, p.rejected[-1].content) for p in split.proxy],
+        reactions, [p.prompt for p in some], [(p.chosen[-1].content, p.rejected[-1].content) for p in some]
     )
     RewardModels(scorer, comparer, reactions, config.signal_weights, scales, gold).save(work.folder)
+    del scorer, comparer, gold, reactions  # a large backbone is in memory once
     models = RewardModels.load(work.folder, encoder, threads, device)
     summary = judge(models, split.proxy, held_out, screened.reasons, work.seed)
     own = history.Preferences(models.pointwise, models.pairwise, history.taught_by(training))

@@ -18,6 +18,7 @@ from .logistic import Weights, checked_labels, cross_fit, fit
 from .reliability import MAX_CALIBRATION_ERROR, SignalReport, judge, unmeasurable
 
 Floats = NDArray[np.float64]
+REPLIES_AT_ONCE = 4096  # whose features are in memory together
 
 
 class Saved(Record):
@@ -95,7 +96,8 @@ class SignalModels:
         ]
         if not self.kinds or not rows:
             return {kind: [[] for _ in prompts] for kind in self.kinds}
-        flat = self.weights.logits(features(rows, self.encoder))
+        parts = (rows[i : i + REPLIES_AT_ONCE] for i in range(0, len(rows), REPLIES_AT_ONCE))
+        flat = np.concatenate([self.weights.logits(features(part, self.encoder)) for part in parts])
         ends = np.cumsum([len(texts) for texts in replies])[:-1]
         return {kind: [part.tolist() for part in np.split(flat[:, i], ends)] for i, kind in enumerate(self.kinds)}
 
