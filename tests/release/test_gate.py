@@ -174,6 +174,7 @@ def test_a_gold_model_that_may_guess_has_measured_nothing(gold: float, accuracy:
     """Neither does its rise pass a model, nor is its fall held against one: the criterion is open, a person looks."""
     decision = decide(CONFIG, gained(0.4, gold, accuracy=accuracy))
     assert (decision.decision, decision.criteria[-1].passed) == ("hold", None)
+    assert decision.criteria[-1].value == Estimate(value=None, n=16, reason=why)
     assert failed(decision) == {"gold reward follows the proxy": f"not measured: {why}"}
 
 

@@ -275,7 +275,7 @@ def _gold(evidence: GateEvidence) -> Iterator[Criterion]:
     name, (proxy, gold) = "gold reward follows the proxy", (evidence.gained.proxy, evidence.gained.gold)
     doubt = no_judge(evidence.gained.accuracy)
     if proxy.value is not None and doubt is not None:
-        yield _unmeasured(name, 0.0, gold.model_copy(update={"reason": doubt}))
+        yield _unmeasured(name, 0.0, Estimate(value=None, n=gold.n, reason=doubt))
         return
     if proxy.value is None or gold.value is None or gold.low is None or gold.high is None:
         yield _unmeasured(name, 0.0, proxy if proxy.value is None else gold)
