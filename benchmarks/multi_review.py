@@ -217,11 +217,13 @@ def network_scores(
     found: dict[str, NDArray[np.float64]] = {}
     for name, pairs in batches(data, rows, seed).items():
         file: Path = args.work / f"network-{name.replace(' ', '-')}-{args.epochs}-seed{seed}.json"
+        config = reward_world.reward_config(args)
+        learned = reward_world.thin(preferences(data, source, pairs), args.train_pairs, seed)
+        scored_too = record.digest((c.id, c.text) for c in source.candidates)
+        record.made_with(file, config=config.model_dump(), taught=reward_world.taught(learned), scored=scored_too)
         if not file.exists():
             if not train or time.perf_counter() > args.until:
                 continue
-            config = reward_world.reward_config(args)
-            learned = reward_world.thin(preferences(data, source, pairs), args.train_pairs, seed)
             judge = judges.trained("pointwise", learned, config, seed, args.threads, file.with_suffix(".weights"))
             prompts = {prompt.id: prompt for prompt in source.prompts}
             by_prompt: dict[str, list[int]] = {}

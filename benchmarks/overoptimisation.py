@@ -39,6 +39,7 @@ from characterflywheel.ids import derive_seed
 from characterflywheel.ledger import OptimisationCurve
 from characterflywheel.llm.base import Sampling
 from characterflywheel.llm.ct2 import CTranslate2Model
+from characterflywheel.llm.identity import identity
 from characterflywheel.llm.models import base_model_folder
 from characterflywheel.records import Estimate, Preference, Prompt
 from characterflywheel.reward import format, screen
@@ -116,6 +117,11 @@ def drawn(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, list
     model: CTranslate2Model | None = None
     for at in range(0, len(prompts), CHUNK):
         file = args.work / f"replies-{args.candidates}-{at:03d}.json"
+        record.made_with(
+            file, base=identity(settings.models.base), temperature=args.temperature, max_tokens=args.max_tokens,
+            max_prompt_tokens=settings.models.max_prompt_tokens, seed=args.seed,
+            prompts=record.digest((p.id, p.messages) for p in prompts[at : at + CHUNK]),
+        )  # fmt: skip
         if not file.exists():
             if time.perf_counter() - began > 60 * args.minutes:
                 break
@@ -166,7 +172,8 @@ def scored(model: Pointwise, prompts: Sequence[Prompt], replies: Sequence[Sequen
     return np.array(model.score([prompt.messages for prompt in prompts], replies))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """The settings, see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where finished pieces are kept")
     parser.add_argument("--workspace", type=Path, required=True, help="of the embedded world, with curated prompts")
@@ -183,7 +190,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e9, help="draw no more replies after so many")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     about = record.circumstances(args, bench.VERSIONS)
     data = world.make(args.work, args.workspace, reviewers=args.reviewers, seed=args.seed, threads=args.threads)
@@ -192,6 +203,8 @@ def main() -> None:
     questions = [prompt for prompt in wanted if prompt.id in texts]
     replies = [texts[prompt.id] for prompt in questions]
     size = f"{len(questions)}-{args.candidates}"
+    answers = record.digest(zip((prompt.id for prompt in questions), replies, strict=True))
+    record.made_with(args.work / f"truth-{size}.npy", seed=args.seed, crowd=CROWD, answers=answers)
     true = kept(args.work / f"truth-{size}.npy", partial(truth, args, questions, replies))
     config = RewardConfig()
     form = format.make(backbone_folder(judges.BASE), config.max_prompt_tokens, config.max_reply_tokens)
@@ -206,6 +219,9 @@ def main() -> None:
     for name, (mine, seed, how) in contenders.items():
         file = f"{name.replace(' ', '-')}-{len(mine)}-pairs"
         right, scores = (args.work / f"{file}-{what}.npy" for what in ("accuracy", f"scores-{size}"))
+        taught = reward_world.taught(mine)
+        record.made_with(right, config=how.model_dump(), taught=taught, judged=reward_world.taught(parts.held_out))
+        record.made_with(scores, config=how.model_dump(), taught=taught, answers=answers)
         if not (right.exists() and scores.exists()):
             model = judges.trained("pointwise", mine, how, seed, args.threads, args.work / f"{file}.weights")
             assert isinstance(model, Pointwise)

@@ -110,11 +110,18 @@ def halves(pairs: Sequence[Preference], seed: int) -> NDArray[np.int64]:
     return np.array([place[pair.prompt_id] for pair in pairs])
 
 
+def how(args: argparse.Namespace) -> dict[str, object]:
+    """The settings that what is kept in `--work` depends on, beside what its name says."""
+    names = ("layers", "epochs", "max_prompt_tokens", "max_reply_tokens")
+    return {"model": str(args.model)} | {name: getattr(args, name) for name in names}
+
+
 def reading(data: Data, name: str, args: argparse.Namespace) -> Iterator[Path]:
     """The frozen backbone's reads in chunks; each is made when it is asked for and not there yet."""
     loaded: Any = None
     for start in range(0, len(data.pairs), CHUNK):
         file = args.work / f"read-{name}-{start:05d}.npz"
+        record.made_with(file, **(how(args) | {"layers": None, "epochs": None}))
         if not file.exists():
             if loaded is None:
                 loaded = bench.model(str(args.base)), chat_form(args)
@@ -135,6 +142,7 @@ def reading(data: Data, name: str, args: argparse.Namespace) -> Iterator[Path]:
 def trained(data: Data, name: str, model_name: str, seed: int, fold: int, args: argparse.Namespace) -> Path:
     """Margins of a network trained on the other fold, on this one."""
     file: Path = args.work / f"{model_name}-{name}-seed{seed}-fold{fold}.json"
+    record.made_with(file, **how(args))
     if not file.exists():
         side = halves(data.pairs, seed)
         inside = [pair for pair, f in zip(data.pairs, side, strict=True) if f != fold]
@@ -207,6 +215,8 @@ def report(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
     for kind in MODELS:
         for seed in range(args.seeds):
             done = [args.work / f"{kind}-{name}-seed{seed}-fold{fold}.json" for fold in range(FOLDS)]
+            for file in filter(Path.exists, done):
+                record.made_with(file, **how(args))
             parts = [json.loads(file.read_text(encoding="utf-8")) for file in done if file.exists()]
             margin = {key: value for part in parts for key, value in part["margins"].items()}
             if margin:

@@ -1,6 +1,7 @@
 """What someone needs to repeat a measurement: hardware, versions, command, settings; and how figures are shown."""
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     widths = [max(len(row[i]) for row in (list(header), *cells)) for i in range(len(header))]
     for row in (list(header), *cells):
         print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+def made_with(file: Path, **settings: object) -> None:
+    """Call before a kept file is looked for: notes what it is to be made with, and refuses one made with other things.
+
+    Of a file that an earlier version left, nothing is known, which is said.
+
+    Raises:
+        SystemExit: `file` is there and was made with other settings.
+    """
+    beside = file.with_name(f"{file.name}.settings")
+    mine = json.loads(json.dumps(settings, default=str))
+    if not file.exists():
+        beside.write_text(json.dumps(mine), encoding="utf-8")
+        return
+    if not beside.exists():
+        print(f"{file}: kept by an earlier version, which did not note its settings", file=sys.stderr)
+        return
+    theirs = json.loads(beside.read_text(encoding="utf-8"))
+    if theirs != mine:
+        other = sorted(k for k in mine.keys() | theirs.keys() if theirs.get(k) != mine.get(k))
+        raise SystemExit(f"{file} was made with other settings ({', '.join(other)}): remove it or name another --work.")
+
+
+def digest(rows: Iterable[object]) -> str:
+    """A short hash over rows, for `made_with`."""
+    return hashlib.sha256(json.dumps(list(rows), default=str).encode()).hexdigest()[:12]
 
 
 def write(path: Path | None, figures: Mapping[str, object]) -> None:

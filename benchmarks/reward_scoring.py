@@ -45,7 +45,8 @@ from characterflywheel.llm.shared_prefix import Path, plant
 ONE = "one prompt"
 PADDED, FULL, SHARED, PACKED = "padded", "padded, full mask", "shared prefix", "shared prefix, packed"
 BUDGETS = (256, 512, 1024, 2048, 4096)  # tokens a batch, for the peer to choose from
-TRIED = 16  # paths on which it chooses
+LARGE = (16384, 65536)  # more, where there is a GPU
+TRIED = 16  # paths on which it chooses; on a GPU it chooses on all
 Run = Callable[[], Tensor]
 
 
@@ -138,14 +139,18 @@ def pad(peer: Peer, paths: Sequence[Path], budget: int, device: str, *, full: bo
 
 
 def best_budget(peer: Peer, paths: Sequence[Path], device: str) -> int:
-    """The number of tokens a batch at which the peer scores some of the paths fastest, after a round to warm up."""
-    some = paths[:: -(-len(paths) // TRIED)]
+    """The number of tokens a batch at which the peer scores paths fastest, after a round to warm up.
+
+    On a GPU the best of three rounds over all paths, elsewhere of one over some of them.
+    """
+    gpu = device != "cpu"
+    some, budgets = (paths, BUDGETS + LARGE) if gpu else (paths[:: -(-len(paths) // TRIED)], BUDGETS)
     longest = max(len(prompt) + len(reply) for prompt, reply in some)
     tried = {}
-    for budget in BUDGETS:
-        if budget >= longest or budget == BUDGETS[-1]:
+    for budget in budgets:
+        if budget >= longest or budget == budgets[-1]:
             run = partial(pad(peer, some, budget, device).scores, peer)
-            tried[budget] = min(bench.seconds({"": lambda _, run=run: float(run().sum())}, 1, device)[""])
+            tried[budget] = min(bench.seconds({"": lambda _, run=run: float(run().sum())}, 3 if gpu else 1, device)[""])
     return min(tried, key=lambda budget: tried[budget])
 
 

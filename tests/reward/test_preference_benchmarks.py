@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from reward_fixture import pair as a_pair
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from characterflywheel.llm.chat_format import ChatFormat
@@ -32,9 +33,14 @@ def scripts() -> Iterator[Namespace]:
         import frozen  # noqa: PLC0415
         import multi_review  # noqa: PLC0415
         import preferences_real  # noqa: PLC0415
+        import record  # noqa: PLC0415
+        import reward_world  # noqa: PLC0415
         import satisfaction  # noqa: PLC0415
 
-        yield Namespace(frozen=frozen, several=multi_review, people=preferences_real, satisfaction=satisfaction)
+        yield Namespace(
+            frozen=frozen, several=multi_review, people=preferences_real, satisfaction=satisfaction, record=record,
+            world=reward_world,
+        )  # fmt: skip
     finally:
         sys.path.remove(BENCHMARKS)
 
@@ -202,3 +208,29 @@ def test_preferences_of_people_from_the_command_line(
     assert found["pairwise"][0]["accuracy"]["all"]["n"] == 12
     assert set(figures["llmbar"]["models"]["pointwise"][0]["accuracy"]) >= {"even", "odd", "similar"}
     assert "longer wins" in capsys.readouterr().out
+
+
+def test_a_kept_file_answers_only_for_the_settings_that_made_it(
+    scripts: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "margins.json"
+    scripts.record.made_with(file, epochs=1, where=tmp_path)
+    file.write_text("[]")
+    scripts.record.made_with(file, epochs=1, where=tmp_path)
+    with pytest.raises(SystemExit, match=r"margins.json was made with other settings \(epochs\): remove it"):
+        scripts.record.made_with(file, epochs=2, where=tmp_path)
+    assert capsys.readouterr().err == ""
+    file.with_name("margins.json.settings").unlink()
+    scripts.record.made_with(file, epochs=2, where=tmp_path)
+    assert "did not note its settings" in capsys.readouterr().err
+
+
+def test_what_pairs_teach_is_told_by_their_labels_too(scripts: Namespace) -> None:
+    """Other reviewers may choose the other reply of a pair, whose id stays the same."""
+    one = a_pair(0, "I do. Do you?", "No.")
+    others = [
+        one.model_copy(update={"chosen": one.rejected, "rejected": one.chosen}),
+        one.model_copy(update={"label": 0.75}),
+    ]
+    assert len({scripts.world.taught([p]) for p in (one, *others)}) == 3
+    assert scripts.world.taught([one]) == scripts.world.taught([one.model_copy()])
