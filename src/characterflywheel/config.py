@@ -189,13 +189,17 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _preference_comes_first(self) -> Self:
+        """By weight, in deviations over the training replies; among one prompt's replies a signal can still decide."""
         for kind, weight in self.signal_weights.items():
             if (kind in GOOD_SIGNALS and weight < 0) or (kind in BAD_SIGNALS and weight > 0):
                 bound = ">= 0: it is a good sign" if kind in GOOD_SIGNALS else "<= 0: it is a bad sign"
                 raise ValueError(f"signal_weights: {kind} = {weight:g} must be {bound}")
         total = sum(abs(weight) for weight in self.signal_weights.values())
         if not total < 1:
-            raise ValueError(f"signal_weights: together {total:g}, must be < 1 so that preference (1.0) comes first")
+            raise ValueError(
+                f"signal_weights: together {total:g}, must be < 1: a deviation of preference then outweighs one "
+                "of all signals together"
+            )
         return self
 
 

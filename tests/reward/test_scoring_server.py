@@ -109,7 +109,8 @@ class Writer:
         return [[Completion(text, (1,), (-1.0,), "stop") for text in several] for several in texts]
 
 
-def test_selection_by_a_server_leaves_the_same_bytes(remote: RemoteRewards, models: RewardModels, tmp_path: Path):
+def test_selection_in_one_request_leaves_the_same_bytes(remote: RemoteRewards, models: RewardModels, tmp_path: Path):
+    """Several requests cut batches at other places than one call here does, which may change a score's last bits."""
     prompts = [
         Prompt(
             id=f"p{i}", conversation_id=f"c{i}", user_id=f"u{i}", source="user", character_id="mo", split="train",
