@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from reward_fixture import Letters, pair, pairs, tiny_policy
 
-from characterflywheel import generation, tables, workshop
+from characterflywheel import generation, lineage, tables, workshop
 from characterflywheel.config import FlywheelConfig, RewardConfig
 from characterflywheel.pipeline import Work
 from characterflywheel.records import ChatMessage, Example, Preference, SetAside
@@ -35,6 +35,12 @@ def test_the_gold_models_users_are_named(reward: Path) -> None:
     assert rows == sorted(rows, key=lambda row: row.prompt_id)
     assert 0.2 < len({row.prompt_id for row in rows}) / len({p.prompt_id for p in ROWS if not p.held_out}) < 0.4
     assert {(row.prompt_id, row.user_id) for row in rows} < {(p.prompt_id, p.user_id) for p in ROWS}
+
+
+def test_an_erasure_finds_a_user_who_was_set_aside(reward: Path) -> None:
+    rows = tables.read(reward / "gold.parquet", SetAside)
+    found = lineage.table(reward / "gold.parquet").naming(lineage.Ids({rows[0].user_id}, set(), set()))
+    assert found.tolist() == [i for i, row in enumerate(rows) if row.user_id == rows[0].user_id]
 
 
 def test_without_a_gold_model_nobody_is_set_aside(tmp_path: Path) -> None:

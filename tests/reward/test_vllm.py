@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_fixture import Letters
 from scoring_fixture import PROMPTS, REPLIES, listening, loaded, shared_artifact
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -14,10 +15,14 @@ from starlette.routing import Route
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from characterflywheel.config import FlywheelConfig, RewardConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.pipeline import Artifact, ArtifactRecord, Work
 from characterflywheel.reward.composite import RewardModels
 from characterflywheel.reward.pointwise import Pointwise
 from characterflywheel.reward.vllm import served
+from characterflywheel.workshop import Workshop
+from characterflywheel.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +116,14 @@ def test_a_server_that_is_no_classifier_is_noticed(folder: Path, local: Pointwis
         served(local, address)
     with pytest.raises(FlywheelError, match="start it with `vllm serve ARTIFACT/pointwise --runner pooling`"):
         served(local, "vllm+http://127.0.0.1:9", patience_s=0.2)
+
+
+def test_that_vllm_computed_is_noted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Workshop, "encoder", Letters())
+    record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text())
+    work = Work(tmp_path, 1, {"judge": Artifact("reward", folder, None, record)})  # type: ignore[dict-item]
+    with Vllm(folder / "pointwise").running() as address:
+        config = FlywheelConfig(reward=RewardConfig(server=address))
+        rewards = Workshop(Workspace(tmp_path), config, None, None, 1).rewards(work)
+        rewards.pointwise.connection.close()  # type: ignore[union-attr]
+    assert work.notes == {"scores": f"here, {loaded(folder).precision}; pointwise: vLLM"}
