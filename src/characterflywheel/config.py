@@ -261,7 +261,7 @@ class OveroptimisationConfig(Section):
     rl_points: int = Field(8, ge=1, description="RL's steps are pooled into at most so many points")
     rl_prompts: int = Field(128, ge=1, description="prompts of RL that are read, evenly over its steps")
     start_replies: int = Field(4, ge=2, description="replies of RL's start to each of them, what it is compared with")
-    draws: int = Field(1000, ge=100, description="of the bootstrap over prompts")
+    draws: int = Field(1000, ge=100, description="of the bootstrap over users")
 
 
 class OfflineConfig(Section):
