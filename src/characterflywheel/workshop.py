@@ -43,7 +43,7 @@ from .records import (
 )
 from .release import registry
 from .release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange, decide
-from .reward.composite import RewardModels
+from .reward.composite import RewardModels, precision_of
 from .reward.history import Past
 from .reward.judge import RewardSummary
 from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
@@ -289,7 +289,7 @@ class Workshop:
             work.notes["scores"] = f"flywheel score, {remote.card.precision}"
             return remote
         models = RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
-        work.notes["scores"] = f"here, {models.precision}"
+        work.notes["scores"] = f"here, {precision_of(models.pointwise)}"
         if server is not None:
             from .reward.vllm import served  # noqa: PLC0415
 

@@ -18,7 +18,7 @@ from scoring_fixture import loaded, outputs, served, shared_artifact
 from characterflywheel import generation, score_commands
 from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Artifact, ArtifactRecord, Work
-from characterflywheel.reward.composite import RewardModels
+from characterflywheel.reward.composite import RewardModels, precision_of
 from characterflywheel.reward.remote import RemoteRewards, connect
 from characterflywheel.reward.wire import content_of
 from characterflywheel.workshop import Workshop
@@ -88,7 +88,7 @@ def test_who_computed_the_scores_is_noted(workspace: Workspace, models: Path, mo
     monkeypatch.setattr(Workshop, "encoder", Letters())
     rewards = Workshop(workspace, workspace.config(), None, None, 1).rewards(work)
     assert isinstance(rewards, RewardModels)
-    assert work.notes == {"scores": f"here, {rewards.precision}"}
+    assert work.notes == {"scores": f"here, {precision_of(rewards.pointwise)}"}
     with served(rewards, folder) as address:
         ask(workspace, folder, address)
 
@@ -173,7 +173,7 @@ def ask(workspace: Workspace, folder: Path, address: str) -> None:
     artifact = Artifact("reward", folder, None, record)
     work = Work(folder, 1, {"judge": artifact})  # type: ignore[dict-item]
     rewards = Workshop(workspace, config, None, None, 1).rewards(work)
-    assert work.notes == {"scores": f"flywheel score, {loaded(folder).precision}"}
+    assert work.notes == {"scores": f"flywheel score, {precision_of(loaded(folder).pointwise)}"}
     assert isinstance(rewards, RemoteRewards)
     prompts, replies = [asks("Hi"), asks("Ho")], [["tea", "rain"], ["A longer reply?"]]
     here = loaded(folder).pointwise.score(prompts, replies)

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from characterflywheel.config import FlywheelConfig, RewardConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Artifact, ArtifactRecord, Work
-from characterflywheel.reward.composite import RewardModels
+from characterflywheel.reward.composite import RewardModels, precision_of
 from characterflywheel.reward.pointwise import Pointwise
 from characterflywheel.reward.vllm import served
 from characterflywheel.workshop import Workshop
@@ -126,4 +126,4 @@ def test_that_vllm_computed_is_noted(folder: Path, tmp_path: Path, monkeypatch: 
         config = FlywheelConfig(reward=RewardConfig(server=address))
         rewards = Workshop(Workspace(tmp_path), config, None, None, 1).rewards(work)
         rewards.pointwise.connection.close()  # type: ignore[union-attr]
-    assert work.notes == {"scores": f"here, {loaded(folder).precision}; pointwise: vLLM"}
+    assert work.notes == {"scores": f"here, {precision_of(loaded(folder).pointwise)}; pointwise: vLLM"}

@@ -48,12 +48,6 @@ class RewardModels:
         """The weights that count: of signals that were reliable on unseen users. Preference has 1."""
         return {kind: w for kind, w in self.signal_weights.items() if w and kind in self.signals.usable}
 
-    @property
-    def precision(self) -> str:
-        """Of products: float32, or bfloat16 where the processor is fast in it."""
-        net = self.pointwise.net
-        return str(net.precision or fast_dtype(net.head.weight.device.type)).removeprefix("torch.")
-
     def composite(self, prompts: Conversations, replies: Sequence[Sequence[str]]) -> list[list[float]]:
         """Standardised preference score plus the weighted standardised log-odds of the usable signals; no veto."""
         if not self.weights:
@@ -103,6 +97,11 @@ class RewardModels:
         gold = export.load_pointwise(folder / "gold", threads, device) if (folder / "gold").exists() else None
         signals = SignalModels.load(folder, encoder)
         return cls(pointwise, pairwise, signals, settings.signal_weights, settings.scales, gold)
+
+
+def precision_of(model: Pointwise) -> str:
+    """Of its products: float32, or bfloat16 where the processor is fast in it."""
+    return str(model.net.precision or fast_dtype(model.net.head.weight.device.type)).removeprefix("torch.")
 
 
 def signal_scales(

@@ -28,7 +28,7 @@ from ..pipeline import ArtifactRecord, output_hashes
 from ..serving.errors import ApiError, ErrorBody, add_handlers
 from ..serving.security import BodyLimit
 from . import stored
-from .composite import RewardModels
+from .composite import RewardModels, precision_of
 from .joining import Closing, Full, Models, NotFinite, Request, Worker
 from .wire import KEY_VARIABLE, Card, Health, Limits, PreferAnswer, PreferRequest, ScoreAnswer, ScoreRequest, content_of
 
@@ -131,7 +131,7 @@ def card_of(models: RewardModels, folder: Path, generation: int, limits: Limits 
         artifact=folder.name, content=content, generation=generation, mean=models.pointwise.scale.mean,
         deviation=models.pointwise.scale.deviation, signals=tuple(sorted(models.signals.usable)),
         weights=models.weights, gold=models.gold is not None, limits=limits or Limits(),
-        precision=models.precision,
+        precision=precision_of(models.pointwise),
     )  # fmt: skip
 
 
