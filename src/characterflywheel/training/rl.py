@@ -115,9 +115,9 @@ def train_rl(
 ) -> RLSummary:  # fmt: skip
     """Run `config.steps` GRPO steps; writes `model/`, `metrics.jsonl` and `rollouts.parquet` (Rollout).
 
-    Prompts are taken in order, from the front again when they run out. A reply that safety
-    refuses as the answer to its prompt gets its group's lowest reward. Each step samples, scores, and makes one update; with one update a step the clipped ratio is 1 and only
-    the importance weights act, but the loss holds for more.
+    Prompts are taken in order, from the front again when they run out. A reply that safety refuses as the answer to its
+    prompt gets its group's lowest reward. Each step samples, scores, and makes one update; with one update a step the
+    clipped ratio is 1 and only the importance weights act, but the loss holds for more.
 
     Raises:
         FlywheelError: no prompt, a reward that is not finite, or a diverged gradient.
