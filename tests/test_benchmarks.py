@@ -38,6 +38,7 @@ def test_shared_prefix(tmp_path: Path) -> None:
     assert "--prompt-tokens 20" in figures["command"]
 
 
+@pytest.mark.slow
 def test_reward_scoring(tmp_path: Path) -> None:
     """Two backbones, two workloads, two types; an encoder's peer has a row more: its ordinary full mask."""
     figures, printed = run("reward_scoring.py", tmp_path, *TINY, "--encoder", "tiny", "--prompts", "2")
@@ -56,6 +57,7 @@ def test_reward_scoring(tmp_path: Path) -> None:
     assert "padded, full mask" in printed
 
 
+@pytest.mark.slow
 def test_sampling(tmp_path: Path) -> None:
     figures, printed = run("sampling.py", tmp_path, *TINY, "--prompts", "3", "--shared-prompts", "2")
     installed = importlib.util.find_spec("ctranslate2") is not None

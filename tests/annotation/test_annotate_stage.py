@@ -33,13 +33,13 @@ def test_files_and_summary_agree(tmp_path: Path) -> None:
     summary = run(tmp_path, Panel(), Writer("base"))
     pairs = tables.read(tmp_path / "pairs.parquet", Preference)
     rewrites = tables.read(tmp_path / "rewrites.parquet", Example)
-    assert (summary.prompts, summary.tasks, summary.reviewers) == (16, 32, 4)
+    assert (summary.prompts, summary.tasks, summary.reviewers) == (16, 48, 4)
     assert (summary.pairs, summary.held_out) == (len(pairs), sum(p.held_out for p in pairs))
     assert 0 < summary.held_out < summary.pairs
     assert summary.rewrites == len(rewrites) > 0
     assert summary.candidates == {"base": 32, "rewrite": 32}
     assert sum(summary.reasons.values()) == len(tables.read(tmp_path / "dropped.parquet", Dropped))
-    assert len(list(tables.read_jsonl(tmp_path / "judgements.jsonl", Judgement))) == 32
+    assert len(list(tables.read_jsonl(tmp_path / "judgements.jsonl", Judgement))) == 48
     assert len(tables.read(tmp_path / "candidates.parquet", Candidate)) == 64
     ranking = summary.agreement["ranking"]
     assert ranking.value is not None
@@ -58,7 +58,7 @@ def test_waits_for_people_and_then_goes_on_without_drawing_again(tmp_path: Path)
     with pytest.raises(Waiting):
         run(tmp_path, Absent(), Writer("base"))
     late = Writer("base")
-    assert run(tmp_path, Panel(), late).tasks == 32
+    assert run(tmp_path, Panel(), late).tasks == 48
     assert late.calls == 0
 
 

@@ -238,11 +238,14 @@ def test_uvicorn_s_own_lines_pass_the_filter(capsys: pytest.CaptureFixture[str])
     handler, logger = logging.StreamHandler(), logging.getLogger("uvicorn.access")
     handler.setFormatter(AccessFormatter("%(client_addr)s %(request_line)s %(status_code)s", use_colors=False))
     logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)  # a server that an earlier test started in this process may have silenced it
     try:
         guard_logs(["uvicorn.access"])
         guard_logs(["uvicorn.access"])
         assert len(handler.filters) == 1
         logger.warning('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", f"/?key={KEY}", "1.1", 200)
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
     assert capsys.readouterr().err == "1.2.3.4:5 GET /?key=[secret] HTTP/1.1 200 OK\n"
