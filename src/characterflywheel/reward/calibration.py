@@ -166,6 +166,14 @@ def evened(straight: float, swapped: float) -> float:
     return likely if margin >= 0 else 1 - likely
 
 
+def preferred(
+    orders: tuple[Sequence[float], Sequence[float]], firsts: Sequence[str], seconds: Sequence[str]
+) -> list[float]:
+    """`evened` of each pair of replies; 0.5 for equal ones, which cannot be laid out in one order and whose rows may
+    differ in a product's last bit."""
+    return [0.5 if a == b else evened(p, q) for p, q, a, b in zip(*orders, firsts, seconds, strict=True)]
+
+
 def _checked(margins: ArrayLike, labels: ArrayLike) -> tuple[Floats, Floats]:
     margin, label = np.asarray(margins, dtype=float), np.asarray(labels, dtype=float)
     if margin.shape != label.shape or margin.ndim != 1:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from ..errors import FlywheelError
 from ..records import ChatMessage, Scored
-from .calibration import evened
+from .calibration import preferred
 from .selection import Conversations
 from .wire import Limits, PreferAnswer, PreferRequest, Prompt, ScoreAnswer, ScoreRequest
 
@@ -225,8 +225,7 @@ class Worker:
             won = self._models.pointwise.prefers(prompts, firsts, seconds)
             return [PreferAnswer(model=self._model, probabilities=won[span]) for span in spans]
         one, two = self._models.pairwise.both_orders(prompts, firsts, seconds)
-        same = [a == b for a, b in zip(firsts, seconds, strict=True)]
-        won = [0.5 if s else evened(p, q) for p, q, s in zip(one, two, same, strict=True)]
+        won = preferred((one, two), firsts, seconds)
         return [
             PreferAnswer(model=self._model, probabilities=won[span], orders=(one[span], two[span])) for span in spans
         ]

@@ -17,7 +17,7 @@ from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
 from . import fit, format, network
-from .calibration import evened
+from .calibration import preferred
 
 
 class Orders(NamedTuple):
@@ -49,10 +49,7 @@ class Pairwise:
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
     ) -> list[float]:
         """P(first is better than second) per prompt; swapped replies give exactly one minus that, equal ones 0.5."""
-        orders = self.both_orders(prompts, firsts, seconds)
-        # rows of equal numbers may differ in a product's last bit, and equal replies cannot be laid out in one order
-        same = [a == b for a, b in zip(firsts, seconds, strict=True)]
-        return [0.5 if s else evened(p, q) for p, q, s in zip(*orders, same, strict=True)]
+        return preferred(self.both_orders(prompts, firsts, seconds), firsts, seconds)
 
     def both_orders(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]
