@@ -16,22 +16,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import tables
-from ..config import RLConfig
-from ..errors import FlywheelError
-from ..ids import derive_seed
-from ..llm.base import Sampling
-from ..llm.chat_format import ChatFormat
-from ..llm.native import NativeModel, fast_dtype, load_model
-from ..llm.shared_prefix import Path as TokenPath
-from ..llm.shared_prefix import reply_logprobs
-from ..pipeline import Work, write_atomically
-from ..progress import Advance
-from ..records import Candidate, ChatMessage, Prompt, Record, Rollout
-from ..safety.policy import SafetyPolicy
-from . import losses
-from .learner import Learner, micro_batches
-from .sft import write_metrics
+from ... import tables
+from ...config import RLConfig
+from ...errors import FlywheelError
+from ...ids import derive_seed
+from ...llm.base import Sampling
+from ...llm.chat_format import ChatFormat
+from ...llm.native import NativeModel, fast_dtype, load_model
+from ...llm.shared_prefix import Path as TokenPath
+from ...llm.shared_prefix import reply_logprobs
+from ...pipeline import Work, write_atomically
+from ...progress import Advance
+from ...records import Candidate, ChatMessage, Prompt, Record, Rollout
+from ...safety.policy import SafetyPolicy
+from .. import losses
+from ..learner import Learner, micro_batches
+from ..sft import write_metrics
 
 
 class Scorer(Protocol):
