@@ -135,14 +135,21 @@ def hidden_states(
     cos, sin = backbone.rotary_emb(x.unsqueeze(0), position_ids=forest.positions.unsqueeze(0))
     cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
     for layer in backbone.layers[:layers]:
-        q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
-        if keep is not None:
-            keep.append((k, v))
-        mixed = torch.cat(
-            [attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
-        )
-        x = finish_layer(layer, x, mixed)
+        x = run_layer(layer, x, cos, sin, forest, keep)
     return backbone.norm(x)  # type: ignore[no-any-return]
+
+
+def run_layer(
+    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, forest: Forest, keep: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
+    """One layer over the rows of a forest: (N, width) -> (N, width). What checkpoints or shards layers wraps this."""
+    q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
+    if keep is not None:
+        keep.append((k, v))
+    mixed = torch.cat(
+        [attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
+    )
+    return finish_layer(layer, x, mixed)
 
 
 def project(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
