@@ -352,11 +352,23 @@ def score(
     generation: Annotated[int | None, typer.Option(min=1, help="whose reward models; the newest if not said")] = None,
     host: Annotated[str, typer.Option(help="address to listen on; a public one needs a key")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8766,
+    max_replies: Annotated[int | None, typer.Option(min=2, help="replies in one request")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(min=1024, help="size of one request")] = None,
+    max_waiting: Annotated[int | None, typer.Option(min=1, help="requests that may wait")] = None,
+    max_wait_s: Annotated[float | None, typer.Option(min=0.001, help="who would wait longer is sent away")] = None,
+    max_joined: Annotated[
+        int | None, typer.Option(min=1, help="replies of several requests scored in one pass")
+    ] = None,
 ) -> None:
     """Serve reward models to runs that name the address in reward.server. The key: FLYWHEEL_SCORE_KEY."""
+    workspace = _open(folder)
+    given = {"max_replies": max_replies, "max_body_bytes": max_body_bytes, "max_waiting": max_waiting,
+             "max_wait_s": max_wait_s, "max_joined": max_joined}  # fmt: skip
     from . import score_commands  # noqa: PLC0415
+    from .reward.wire import Limits  # noqa: PLC0415
 
-    score_commands.score(_open(folder), generation, host, port)
+    limits = Limits(**{name: value for name, value in given.items() if value is not None})
+    score_commands.score(workspace, generation, host, port, limits)
 
 
 @app.command()

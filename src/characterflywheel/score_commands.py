@@ -1,13 +1,18 @@
 """What `flywheel score` does: find a generation's reward models and serve them to RL, selection and evaluation."""
 
+from typing import TYPE_CHECKING
+
 from . import ledger
 from .config import FlywheelConfig
 from .errors import FlywheelError
 from .pipeline import Runner
 from .workspace import Workspace
 
+if TYPE_CHECKING:
+    from .reward.wire import Limits
 
-def score(workspace: Workspace, number: int | None, host: str, port: int) -> None:
+
+def score(workspace: Workspace, number: int | None, host: str, port: int, limits: "Limits | None" = None) -> None:
     """Serve the reward models of generation `number`, or of the newest that has some.
 
     Raises:
@@ -26,7 +31,7 @@ def score(workspace: Workspace, number: int | None, host: str, port: int) -> Non
     run, folder = config.models, workspace.artifacts / name
     encoder = shared_encoder(encoder_folder(run.encoder), run.threads)
     models = RewardModels.load(folder, encoder, run.threads, run.device)
-    serve(models, card_of(models, folder, number), host, port)
+    serve(models, card_of(models, folder, number, limits), host, port)
 
 
 def newest(workspace: Workspace, config: FlywheelConfig) -> tuple[int, str | None]:

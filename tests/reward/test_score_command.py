@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from reward_fixture import Letters, asks, tiny_policy
 from safetensors.numpy import save_file
-from scoring_fixture import loaded, outputs, served, shared_artifact
+from scoring_fixture import card, loaded, outputs, served, shared_artifact
+from typer.testing import CliRunner
 
 from characterflywheel import generation, score_commands
+from characterflywheel.cli import app
 from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Artifact, ArtifactRecord, Work
 from characterflywheel.reward.composite import RewardModels, precision_of
 from characterflywheel.reward.remote import RemoteRewards, connect
-from characterflywheel.reward.wire import content_of
+from characterflywheel.reward.wire import Limits, content_of
 from characterflywheel.workshop import Workshop
 from characterflywheel.workspace import Workspace, init
 
@@ -139,11 +141,23 @@ def test_signal_weights_of_other_names_are_said_in_one_sentence(workspace: Works
         score_commands.score(workspace, None, "127.0.0.1", 0)
 
 
+def test_limits_are_those_of_the_command_line(workspace: Workspace, monkeypatch: pytest.MonkeyPatch):
+    """What is not said stays at the default; what a server cannot keep to is refused before models are loaded."""
+    told: list[Limits] = []
+    monkeypatch.setattr(score_commands, "score", lambda *given: told.append(given[-1]))
+    command = ["score", str(workspace.root)]
+    assert CliRunner().invoke(app, [*command, "--max-waiting", "3", "--max-joined", "7"]).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert told == [Limits(max_waiting=3, max_joined=7), Limits()]
+    assert CliRunner().invoke(app, [*command, "--max-replies", "1"]).exit_code == 2
+
+
 @pytest.mark.slow
 def test_the_command_serves_a_run_and_ends_when_told(workspace: Workspace, models: Path):
     """Started as a process on a free port; a workshop whose config names it gets the same scores as from the files."""
     folder = trained(workspace, models)
     command = [sys.executable, "-m", "characterflywheel.cli", "score", str(workspace.root), "--port", "0"]
+    command += ["--max-replies", "12", "--max-wait-s", "2.5"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -157,6 +171,7 @@ def test_the_command_serves_a_run_and_ends_when_told(workspace: Workspace, model
                 line,
             )
             assert found, line
+            assert card(found[1]).limits == Limits(max_replies=12, max_wait_s=2.5)
             ask(workspace, folder, found[1])
         finally:
             server.send_signal(signal.SIGTERM)

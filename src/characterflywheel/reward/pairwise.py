@@ -6,18 +6,17 @@ the answer, and a temperature divides it.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import RewardConfig
 from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
-from . import fit, format, network
+from . import fit, network
 from .calibration import preferred
+from .preference_model import PreferenceModel
 
 
 class Orders(NamedTuple):
@@ -27,23 +26,10 @@ class Orders(NamedTuple):
     swapped: list[float]
 
 
-class Pairwise:
+class Pairwise(PreferenceModel):
     """Compares two replies to one prompt. Its log-odds are divided by `temperature`."""
 
-    def __init__(
-        self, net: network.RewardNetwork, form: format.Form, *, temperature: float = 1.0, threads: int = 2
-    ) -> None:
-        self.net, self.form, self.temperature, self.threads = net, form, temperature, threads
-
-    @classmethod
-    def from_folder(
-        cls, folder: Path, config: RewardConfig, *, form: format.Form | None = None, seed: int = 0, threads: int = 2,
-        device: str = "cpu",
-    ) -> "Pairwise":  # fmt: skip
-        """An untrained one on a backbone's folder, read by `form`; it has no opinion yet (0.5)."""
-        net = network.from_folder(folder, config.layers, 2, lora_rank=config.lora_rank, seed=seed)
-        form = form or format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
-        return cls(net.to(device), form, threads=threads)
+    ends = 2
 
     def prefers(
         self, prompts: Sequence[Sequence[ChatMessage]], firsts: Sequence[str], seconds: Sequence[str]

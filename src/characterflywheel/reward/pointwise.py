@@ -4,18 +4,17 @@ Its score drives reinforcement learning and selection.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import RewardConfig
 from ..errors import FlywheelError
 from ..llm.shared_prefix import Path as TokenPath
 from ..records import ChatMessage, Preference
 from . import fit, format, network
 from .losses import centring
+from .preference_model import PreferenceModel
 
 
 class Scorer(Protocol):
@@ -33,28 +32,20 @@ class Scale(NamedTuple):
     deviation: float
 
 
-class Pointwise:
+class Pointwise(PreferenceModel):
     """Scores replies, standardised by `scale`.
 
     A difference times `scale.deviation` is the log-odds of preference, before they are divided by `temperature`.
     """
 
+    ends = 1
+
     def __init__(
         self, net: network.RewardNetwork, form: format.Form, *, scale: Scale = Scale(0.0, 1.0),
         temperature: float = 1.0, threads: int = 2,
     ) -> None:  # fmt: skip
-        self.net, self.form, self.threads = net, form, threads
-        self.scale, self.temperature = scale, temperature
-
-    @classmethod
-    def from_folder(
-        cls, folder: Path, config: RewardConfig, *, form: format.Form | None = None, seed: int = 0, threads: int = 2,
-        device: str = "cpu",
-    ) -> "Pointwise":  # fmt: skip
-        """An untrained one on a backbone's folder, read by `form`; it has no opinion yet (scores 0)."""
-        net = network.from_folder(folder, config.layers, 1, lora_rank=config.lora_rank, seed=seed)
-        form = form or format.make(folder, config.max_prompt_tokens, config.max_reply_tokens)
-        return cls(net.to(device), form, threads=threads)
+        super().__init__(net, form, temperature=temperature, threads=threads)
+        self.scale = scale
 
     def score(self, prompts: Sequence[Sequence[ChatMessage]], replies: Sequence[Sequence[str]]) -> list[list[float]]:
         """Standardised scores of the replies of each prompt; each prompt is run once for all of its replies.

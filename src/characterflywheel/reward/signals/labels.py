@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 
 from ...errors import FlywheelError
 from ...records import GIVEN, ChatMessage, Conversation, Message, Signal, SignalKind
+from ...store.paths import parents
 from .inputs import Reply
 
 TIME_TO_ACT = timedelta(hours=24)
@@ -103,19 +104,17 @@ def _last_words(signals: Sequence[Signal]) -> tuple[dict[str, dict[str, float]],
 
 
 def _in_place(conversation: Conversation) -> list[_Said]:
-    """Messages in order of arrival, each with what was said on the way to it (`store.paths` has the same rule)."""
+    """Messages in order of arrival, each with what was said on the way to it."""
     found: dict[str, _Said] = {}
-    before: str | None = None
+    above = parents(conversation.messages)
     for message in conversation.messages:
-        parent = before if message.parent_id is None else message.parent_id
-        above = found.get(parent) if parent is not None else None
+        parent = found.get(above[message.id] or "")
         history: tuple[ChatMessage, ...] = ()
-        if above is not None:
-            history = above.history
-            if above.message.role != "system":
-                history += (ChatMessage(role=above.message.role, content=above.message.content),)
-        found[message.id] = _Said(message, history, above.message.id if above else None)
-        before = message.id
+        if parent is not None:
+            history = parent.history
+            if parent.message.role != "system":
+                history += (ChatMessage(role=parent.message.role, content=parent.message.content),)
+        found[message.id] = _Said(message, history, above[message.id])
     return list(found.values())
 
 
