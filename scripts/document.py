@@ -23,18 +23,19 @@ def config_tables() -> str:
     blocks = []
     top = {name: f for name, f in FlywheelConfig.model_fields.items() if not isinstance(f.default, BaseModel)}
     blocks.append("\n".join(["| key | default | bounds | meaning |", "| --- | --- | --- | --- |", *_rows(top)]))
-    for name, field in FlywheelConfig.model_fields.items():
-        if isinstance(field.default, BaseModel):
-            section = type(field.default)
-            lines = [
-                f"### [{name}]",
-                first_line(section),
-                "",
-                "| key | default | bounds | meaning |",
-                "| --- | --- | --- | --- |",
-            ]
-            blocks.append("\n".join([*lines, *_rows(dict(section.model_fields))]))
+    for name, section in _sections(FlywheelConfig):
+        lines = [f"### [{name}]", first_line(section), "", "| key | default | bounds | meaning |"]
+        plain = {key: f for key, f in section.model_fields.items() if not isinstance(f.default, BaseModel)}
+        blocks.append("\n".join([*lines, "| --- | --- | --- | --- |", *_rows(plain)]))
     return "\n\n".join(blocks)
+
+
+def _sections(of: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Every section by its name in TOML, those inside a section after it."""
+    for name, field in of.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield above + name, type(field.default)
+            yield from _sections(type(field.default), f"{above}{name}.")
 
 
 def record_tables() -> str:

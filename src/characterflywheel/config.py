@@ -5,6 +5,7 @@ known one. This module imports neither torch nor transformers.
 """
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -237,6 +238,64 @@ class DPOConfig(Section):
     train_layers: int | None = Field(None, ge=1)
 
 
+class SamplerConfig(Section):
+    """Who draws RL's rollouts, and how new weights reach it after each step (DESIGN section 6)."""
+
+    kind: Literal["native", "transformers", "ctranslate2", "vllm", "endpoint"] = Field(
+        "native", description="ours in process, `generate`, int8 on a CPU, vLLM in process, or a server with vLLM's API"
+    )
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="of its weights; `auto` is what the sampler is fastest in (`int8` is for ctranslate2)"
+    )
+    address: str | None = Field(None, exclude=True, description="endpoint: its base address, e.g. http://HOST:8000")
+    model: str | None = Field(None, exclude=True, description="endpoint: the model's name there; its first if absent")
+    key_env: str = Field("FLYWHEEL_SAMPLER_KEY", exclude=True, description="environment variable with endpoint's key")
+    weights_folder: str | None = Field(
+        None, exclude=True, description="endpoint: where new weights are put, a folder that the server reads too"
+    )
+    reload: str = Field(
+        "vllm", exclude=True,
+        description="endpoint: `vllm` (its /collective_rpc, which needs VLLM_SERVER_DEV_MODE=1), or a path such as "
+        "/reload that takes `{path, version}`",
+    )  # fmt: skip
+    patience_s: float = Field(60, gt=0, exclude=True, description="endpoint: how long it may be away")
+    timeout_s: float = Field(600, gt=0, exclude=True, description="endpoint: how long one request may take")
+    max_stale: int = Field(
+        0, ge=0, description="endpoint: reloads that may fail in a row; what is drawn meanwhile is counted as stale"
+    )
+    memory_share: float = Field(0.4, gt=0, lt=1, exclude=True, description="vllm: of the GPU's memory")
+
+
+class TermsConfig(Section):
+    """What RL's reward has besides the reward model's score: each term times its weight is added (PAPER section 5)."""
+
+    length_weight: float = Field(0.0, ge=0, description="of the length term: 0 inside the band, down to -1 outside")
+    min_words: int = Field(4, ge=1, description="the length band")
+    max_words: int = Field(60, ge=1, description="the length band; a reply that was cut off has the full penalty")
+    repetition_weight: float = Field(
+        0.0, ge=0, description="of minus the shares of word runs said before, in the reply and by the character earlier"
+    )
+    style: dict[str, float] = Field({}, description="weight of a style feature by name, e.g. emojis = -0.1")
+    phrases: dict[str, float] = Field({}, description="weight of a phrase that a reply says")
+
+    @model_validator(mode="after")
+    def _can_be_measured(self) -> Self:
+        if self.max_words < self.min_words:
+            raise ValueError(f"max_words == {self.max_words}, must be >= min_words == {self.min_words}")
+        for name, weight in (self.style | self.phrases).items():
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight}, must be finite")
+        if self.style or self.phrases:
+            from .style.features import FEATURES, phrase_features  # noqa: PLC0415 - only where they are asked for
+
+            phrase_features(tuple(self.phrases))
+            for name in self.style.keys() - FEATURES.keys():
+                near = difflib.get_close_matches(name, FEATURES, n=1, cutoff=0.5)
+                known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FEATURES)}"
+                raise ValueError(f"style feature {name!r} is unknown; {known}")
+        return self
+
+
 class RLConfig(Section):
     """GRPO with importance-sampling correction on near-policy prompts (PAPER section 4)."""
 
@@ -250,9 +309,17 @@ class RLConfig(Section):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
     kl_weight: float = Field(0.0, ge=0)
-    ordinary_share: float = Field(0.25, ge=0, le=1, description="share of prompts not chosen by their variance")
+    choose: Literal["variance", "low_score", "random"] = Field(
+        "variance", description="prompts whose candidates' scores vary most, have the lowest mean, or any"
+    )
+    ordinary_share: float = Field(0.25, ge=0, le=1, description="least share of prompts drawn at random")
+    fresh_days: float | None = Field(
+        None, gt=0, description="only prompts so near to the newest one (near-policy); all of the window if absent"
+    )
     truncate_ratio: float = Field(2.0, ge=1, description="upper bound of the trainer-to-sampler importance weight")
     train_layers: int | None = Field(None, ge=1)
+    sampler: SamplerConfig = SamplerConfig()
+    terms: TermsConfig = TermsConfig()
 
 
 class OveroptimisationConfig(Section):
