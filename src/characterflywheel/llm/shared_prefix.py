@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import FlywheelError
+from .as_forward import as_forward
 
 PLAIN_ROWS = 512  # on a CPU, trees up to here attend by plain products: backward is a quarter faster than flash
 FAMILY = ("llama", "mistral", "qwen2")
@@ -139,6 +140,7 @@ def hidden_states(
     return backbone.norm(x)  # type: ignore[no-any-return]
 
 
+@as_forward
 def run_layer(
     layer: Any, x: Tensor, cos: Tensor, sin: Tensor, forest: Forest, keep: list[tuple[Tensor, Tensor]] | None = None
 ) -> Tensor:
@@ -197,6 +199,7 @@ class ReplyTokens(NamedTuple):
     path: Tensor
 
 
+@as_forward
 def reply_logprobs(model: Any, paths: Sequence[Path], *, temperature: float = 1.0, device: str = "cpu") -> ReplyTokens:
     """Log-probabilities of the last segment of every path, given what comes before it on the path.
 
