@@ -14,7 +14,7 @@ from characterflywheel import intervals
 from characterflywheel.reward.overoptimisation import best_of_n, forms, rollouts
 from characterflywheel.reward.overoptimisation.bootstrap import At, Measured, estimate, resampled
 from characterflywheel.reward.overoptimisation.curve import curve, nothing, said
-from characterflywheel.training.losses import kl_to_reference
+from characterflywheel.training.policy_gradient import kl_to_reference
 
 few = st.lists(st.integers(-2, 2).map(float), min_size=2, max_size=7)
 

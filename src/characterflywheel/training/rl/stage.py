@@ -29,7 +29,7 @@ from ...pipeline import Work, write_atomically
 from ...progress import Advance
 from ...records import Candidate, ChatMessage, Prompt, Record, Rollout
 from ...safety.policy import SafetyPolicy
-from .. import losses
+from .. import policy_gradient
 from ..learner import Learner, micro_batches
 from ..sft import write_metrics
 
@@ -202,7 +202,7 @@ def _groups(rollouts: Sequence[Rollout], batch: Sequence[Prompt], form: ChatForm
             rewards=rewards[i], advantage=advantage,
             texts=[r.text for r in rollouts[size * i : size * (i + 1)]],
         )
-        for i, (prompt, advantage) in enumerate(zip(segments, losses.advantages(rewards), strict=True))
+        for i, (prompt, advantage) in enumerate(zip(segments, policy_gradient.advantages(rewards), strict=True))
     ]  # fmt: skip
 
 
@@ -214,8 +214,8 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
     """
     live = [r for r in rollouts if bool(r.advantage.abs().max() > 0) or reference is not None]
     total = sum(len(path[-1]) for r in live for path in r.paths)
-    sums = {"loss": 0.0, "entropy": 0.0, "weight_mean": 0.0, "effective_share": 0.0, "kl": 0.0}
-    weight_max = 0.0
+    sums = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}
+    health: list[policy_gradient.Health] = []
     own: dict[int, list[list[float]]] = {}
     for group in micro_batches([(r, r.paths) for r in live]):
         paths = [path for _, several in group for path in several]
@@ -224,31 +224,31 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
         values = iter(now.logprobs.tolist())
         own |= {id(r): [[next(values) for _ in path[-1]] for path in several] for r, several in group}
         sampler = torch.cat([r.sampler for r, _ in group]).to(learner.device)
-        advantage = torch.cat([r.advantage for r, _ in group]).to(learner.device)[now.path]
-        out = losses.grpo(
-            now.logprobs, now.logprobs.detach(), sampler, advantage, clip_low=config.clip_low,
-            clip_high=config.clip_high, truncate=config.truncate_ratio, tokens=total,
-        )  # fmt: skip
-        loss, share = out.loss, len(now.path) / total
+        advantage = torch.cat([r.advantage for r, _ in group]).to(learner.device)
+        anchor = None
         if reference is not None:
             with torch.no_grad():
-                anchor = reply_logprobs(reference, paths, temperature=config.temperature, device=learner.device)
-            divergence = losses.kl_to_reference(now.logprobs, anchor.logprobs).sum() / total
-            loss = loss + config.kl_weight * divergence
-            sums["kl"] += divergence.item()
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums["loss"] += loss.item()
-        sums["entropy"] += now.entropy.mean().item() * share
-        sums["weight_mean"] += out.weight_mean.item() * share
-        sums["effective_share"] += out.effective_share.item() * share
-        weight_max = max(weight_max, out.weight_max.item())
+                anchor = reply_logprobs(
+                    reference, paths, temperature=config.temperature, device=learner.device
+                ).logprobs
+        before = now.logprobs.detach()
+        ratio = policy_gradient.importance(before, sampler, now.path, len(paths), truncate=config.truncate_ratio)
+        out = policy_gradient.grpo(
+            now.logprobs, before, ratio.weights, advantage, now.path, clip_low=config.clip_low,
+            clip_high=config.clip_high, total=total, reference=anchor, kl_weight=config.kl_weight,
+        )  # fmt: skip
+        out.loss.backward()  # type: ignore[no-untyped-call]
+        health.append(ratio.health)
+        sums["loss"] += out.loss.item()
+        sums["entropy"] += now.entropy.sum().item() / total
+        sums["kl"] += 0.0 if out.kl is None else out.kl.item()
     if not live:
         for parameter in learner.parameters:
             parameter.grad = torch.zeros_like(parameter)
     rewards = torch.stack([r.rewards for r in rollouts])
     words = [len(text.split()) for r in rollouts for text in r.texts]
     metrics = {
-        **(sums | {"weight_max": weight_max} if live else {}),
+        **(sums | _weights(policy_gradient.merge(health)) if live else {}),
         "reward": rewards.mean().item(),
         "reward_deviation": rewards.std(1).mean().item(),
         "words": sum(words) / len(words),
@@ -257,6 +257,10 @@ def _learn(learner: Learner, rollouts: Sequence[Group], config: RLConfig, refere
         "trained_tokens": float(total),
     }
     return Learnt(metrics, [logs for r in rollouts for logs in own.get(id(r), [None] * len(r.paths))])
+
+
+def _weights(health: policy_gradient.Health) -> dict[str, float]:
+    return {"weight_mean": health.mean, "weight_max": health.maximum, "effective_share": health.effective_share}
 
 
 @torch.no_grad()
