@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import FlywheelError
-from .records import SignalKind
+from .records import ExampleSource, SignalKind
 
 PRESETS = Path(__file__).parent / "presets"
 GOOD_SIGNALS: frozenset[SignalKind] = frozenset({"continue", "thumb_up", "love", "pick"})
@@ -204,6 +204,36 @@ class RewardConfig(Section):
         return self
 
 
+class PolicyConfig(Section):
+    """A policy of the pool: a model, and perhaps an instruction that its system prompt is extended by."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    share: float = Field(gt=0, description="of the candidates, relative to the other policies' shares")
+    source: str = Field(
+        "parent",
+        description="`parent`, `base`, `earlier:K` (what served K models before the parent), `generation:N`, a model "
+        "folder, `package:NAME`, or the address of an OpenAI-compatible server, http://HOST/v1",
+    )
+    coached: bool = Field(False, description="told by built-in hints how to write")
+    hints: tuple[str, ...] = Field((), description="own hints, one of which ends the system prompt of each prompt")
+    cooling: float | None = Field(
+        None, gt=0, le=1, description="factor on the temperature; 0.6 for a policy with hints, else 1"
+    )
+    model: str | None = Field(None, description="the model's name on a server")
+    key_env: str = Field("FLYWHEEL_POOL_KEY", description="environment variable with the server's key")
+
+    @model_validator(mode="after")
+    def _names_what_its_source_needs(self) -> Self:
+        remote = self.source.startswith(("http://", "https://"))
+        if remote != (self.model is not None):
+            needs = "needs `model`, its name there" if remote else "is no server, so `model` has no meaning"
+            raise ValueError(f"policy {self.name!r}: source {self.source!r} {needs}")
+        kind, colon, number = self.source.partition(":")
+        if colon and kind in ("earlier", "generation") and not (number.isdecimal() and int(number) > 0):
+            raise ValueError(f"policy {self.name!r}: source {self.source!r} must be {kind}:N with N from 1")
+        return self
+
+
 class RejectionConfig(Section):
     """Best of n from a pool of policies (PAPER section 4)."""
 
@@ -212,7 +242,50 @@ class RejectionConfig(Section):
     temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     accept_per_prompt: int = Field(1, ge=1)
-    accept_share: float = Field(0.75, gt=0, le=1, description="share of prompts whose best reply is accepted")
+    accept_share: float = Field(
+        0.75, gt=0, le=1, description='share of prompts whose best reply is accepted by the rule "share"'
+    )
+    pool: tuple[PolicyConfig, ...] = Field(
+        (PolicyConfig(name="parent", share=1.0), PolicyConfig(name="coached", share=1.0, coached=True)),
+        description="policies that propose replies, `[[rejection_sampling.pool]]` tables; by default the model in "
+        "service, and the same told how to write",
+    )
+    fresh_days: float | None = Field(
+        None, gt=0, description="prompts older than the newest by more are left out; the freshest days come first"
+    )
+    accept: Literal["share", "best", "threshold"] = Field(
+        "share", description="the best of the prompts that score highest, of every prompt, or where it has `min_score`"
+    )
+    min_score: float | None = Field(None, description='composite score from which the rule "threshold" accepts')
+    margin: float | None = Field(
+        None, ge=0, description="by how much a reply has to beat its prompt's typical candidate; any if absent"
+    )
+    margin_over: Literal["median", "mean"] = Field("median", description="what a prompt's typical candidate scores")
+    max_character_share: float | None = Field(
+        None, gt=0, le=1, description="largest share of accepted replies that one character may have, rounded up"
+    )
+    max_per_character: int | None = Field(None, ge=1, description="most accepted replies of one character")
+
+    @model_validator(mode="after")
+    def _can_be_carried_out(self) -> Self:
+        names = [policy.name for policy in self.pool]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"pool: policies {names} must be at least one, each with its own name")
+        if (self.accept == "threshold") != (self.min_score is not None):
+            raise ValueError(f'accept = "{self.accept}", min_score = {self.min_score}: "threshold" and it go together')
+        return self
+
+
+class ExtraSource(Section):
+    """A set of examples from a file (or `bundled:safety`, `bundled:general`), and the source that it belongs to."""
+
+    source: Literal["safety", "tool", "adhoc", "general"]
+    file: str = Field(min_length=1)
+
+
+DEFAULT_WEIGHTS: dict[ExampleSource, float] = {
+    "internal": 1.0, "user": 1.0, "rewrite": 1.0, "safety": 0.0, "tool": 0.0, "adhoc": 0.0, "general": 0.0,
+}  # fmt: skip
 
 
 class SFTConfig(Section):
@@ -223,8 +296,41 @@ class SFTConfig(Section):
     examples_per_step: int = Field(8, ge=1)
     warmup_share: float = Field(0.1, ge=0, lt=1)
     max_prompt_tokens: int = Field(192, ge=32)
-    weights: dict[str, float] = {"internal": 1.0, "user": 1.0, "rewrite": 1.0}
+    weights: dict[ExampleSource, float] = Field(
+        DEFAULT_WEIGHTS, description="passes over each source an epoch; sources not named keep the weight shown here"
+    )
+    max_examples: dict[ExampleSource, int] = Field({}, description="most examples of a source an epoch")
+    max_token_share: dict[ExampleSource, float] = Field(
+        {}, description="largest share of an epoch's trained tokens that a source may have"
+    )
+    near_duplicates: float | None = Field(
+        0.8, gt=0, le=1, description="word-triple Jaccard similarity from which both the last message and the reply "
+        "make a near duplicate; only exact ones are dropped if absent"
+    )  # fmt: skip
+    extra: tuple[ExtraSource, ...] = Field(
+        (ExtraSource(source="safety", file="bundled:safety"), ExtraSource(source="general", file="bundled:general")),
+        description="sets besides traffic and rewrites, `[[sft.extra]]` tables with `source` and `file` (JSON lines "
+        "with `messages`, `prompt` and `chosen`, or `prompt` and `completion`); they count by `weights`",
+    )
     train_layers: int | None = Field(None, ge=1, description="train only the last so many layers; all if absent")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _keeps_the_weights_not_named(cls, given: object) -> object:
+        return {**DEFAULT_WEIGHTS, **given} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _bounds_can_be_met(self) -> Self:
+        for source, weight in self.weights.items():
+            if not 0 <= weight < 1000:
+                raise ValueError(f"weights: {source} = {weight:g} must be >= 0 and < 1000")
+        for source, most in self.max_examples.items():
+            if most < 0:
+                raise ValueError(f"max_examples: {source} = {most} must be >= 0")
+        for source, share in self.max_token_share.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"max_token_share: {source} = {share:g} must be > 0 and <= 1")
+        return self
 
 
 class DPOConfig(Section):
@@ -296,9 +402,27 @@ class TermsConfig(Section):
         return self
 
 
-class RLConfig(Section):
-    """GRPO with importance-sampling correction on near-policy prompts (PAPER section 4)."""
+class RLAlarmsConfig(Section):
+    """When RL has gone too far, measured against its start on the same prompts (PAPER sections 5, 8)."""
 
+    every: int = Field(4, ge=0, description="steps from one look to the next; the last step is always looked at; 0: no")
+    window: int = Field(4, ge=1, description="looks that are pooled, the last so many")
+    start_replies: int = Field(2, ge=1, description="replies of the start to each prompt that is looked at")
+    kl_max: float = Field(10.0, gt=0, description="KL to the start, nats a reply")
+    entropy_min_share: float = Field(0.5, gt=0, le=1, description="entropy over that of the first steps")
+    win_rate_max: float = Field(0.65, gt=0.5, lt=1, description="by the reward, over the start's replies")
+    style_effect: float = Field(0.2, gt=0, description="drift of a style feature, in standard deviations of replies")
+    stop: tuple[Literal["kl", "entropy", "win_rate", "gold", "style"], ...] = Field(
+        (), description="alarms that end training; the last weights looked at without one of them are kept"
+    )
+
+
+class RLConfig(Section):
+    """GRPO with importance-sampling correction, or online DPO, on near-policy prompts (PAPER section 4)."""
+
+    algorithm: Literal["grpo", "online_dpo"] = Field(
+        "grpo", description="`online_dpo` learns from the best against the worst reply of each group"
+    )
     steps: int = Field(4, ge=1)
     prompts_per_step: int = Field(4, ge=1)
     group: int = Field(6, ge=2, description="replies for each prompt")
@@ -308,7 +432,20 @@ class RLConfig(Section):
     max_prompt_tokens: int = Field(192, ge=32)
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
-    kl_weight: float = Field(0.0, ge=0)
+    ratio_max: float | None = Field(
+        None, gt=1, description="upper bound of the ratio where the advantage is negative, which the clip leaves free"
+    )
+    kl_weight: float = Field(0.0, ge=0, description="of the divergence from the start, in GRPO's loss")
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        "group", description="advantages are divided by the deviation of their group's rewards, of the step's, or not"
+    )
+    aggregation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="the loss is a mean over tokens, over replies, or a sum over replies times max_tokens"
+    )
+    updates_per_step: int = Field(1, ge=1, description="mini-batches of prompts that a step's rollouts are cut into")
+    epochs: int = Field(1, ge=1, description="times that a step's rollouts are learnt from")
+    beta: float = Field(0.1, gt=0, description="online DPO: strength of the pull to the start")
+    min_gap: float = Field(0.0, ge=0, description="online DPO: least difference in reward of best and worst")
     choose: Literal["variance", "low_score", "random"] = Field(
         "variance", description="prompts whose candidates' scores vary most, have the lowest mean, or any"
     )
@@ -317,9 +454,40 @@ class RLConfig(Section):
         None, gt=0, description="only prompts so near to the newest one (near-policy); all of the window if absent"
     )
     truncate_ratio: float = Field(2.0, ge=1, description="upper bound of the trainer-to-sampler importance weight")
+    importance_level: Literal["token", "sequence"] = Field(
+        "token", description="whose ratio is the importance weight: each token's, or its whole reply's"
+    )
+    token_low: float | None = Field(None, gt=0, description="tokens with a lower trainer-to-sampler ratio are masked")
+    token_high: float | None = Field(None, gt=0, description="tokens with a higher ratio are masked")
+    sequence_low: float | None = Field(None, gt=0, description="replies with a lower ratio are masked")
+    sequence_high: float | None = Field(None, gt=0, description="replies with a higher ratio are masked")
+    max_exploded_share: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="share of a step's tokens whose ratio is not sane (masked, counted) that ends the run",
+    )
     train_layers: int | None = Field(None, ge=1)
     sampler: SamplerConfig = SamplerConfig()
     terms: TermsConfig = TermsConfig()
+    alarms: RLAlarmsConfig = RLAlarmsConfig()
+
+    @model_validator(mode="after")
+    def _every_update_has_a_prompt(self) -> Self:
+        if self.updates_per_step > self.prompts_per_step:
+            raise ValueError(
+                f"updates_per_step == {self.updates_per_step}, must be <= prompts_per_step == {self.prompts_per_step}"
+            )
+        for name in ("token", "sequence"):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            if low is not None and high is not None and low >= high:
+                raise ValueError(f"{name}_low == {low:g}, must be < {name}_high == {high:g}")
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of one step."""
+        return self.updates_per_step * self.epochs
 
 
 class OveroptimisationConfig(Section):

@@ -20,6 +20,7 @@ GIVEN = "client"
 """The `model` of messages that came with the history that a client sent: nobody said them here."""
 Finish = Literal["stop", "length", "cancelled", "error"]
 Split = Literal["annotate", "train", "evaluate", "experiment"]
+ExampleSource = Literal["internal", "user", "rewrite", "safety", "tool", "adhoc", "general"]
 
 
 class Record(BaseModel):
@@ -199,13 +200,30 @@ class Scored(Record):
     vetoed: str | None = None
 
 
+class PromptChoice(Record):
+    """Why online RL learns from a prompt: what its candidates scored, and how old it was beside the newest prompt.
+
+    `reason`: its scores' variance or low mean, or that it was drawn at random among the others (`ordinary`). `mean` is
+    None without a score of its candidates, `variance` (unbiased) without two.
+    """
+
+    prompt_id: str
+    reason: Literal["variance", "low_score", "ordinary"]
+    scores: int = Field(ge=0)
+    mean: float | None
+    variance: float | None
+    age_days: float
+
+
 class Rollout(Record):
     """A reply drawn by the policy while it learns.
 
     `step` counts from 1, which draws from the policy's start. `logprobs[t]` is the sampler's log-probability of
-    `token_ids[t]`, at its temperature; `learner_logprobs` are the same of the weights that learn from it, None where
-    all replies to the prompt had one reward and it taught nothing. `score` is the reward model's, `reward` what was
-    learnt from: an unsafe reply has its group's lowest.
+    `token_ids[t]`, at its temperature; `learner_logprobs` are the same of the weights that learn from it, as they were
+    when the step began, None where it taught nothing (all replies to the prompt had one reward; online DPO: it was
+    neither best nor worst). `score` is the reward model's, `reward` what was learnt from: the score and the weighted
+    terms `length`, `repetition` and `style` (None where there was none); a reply that safety refused for `vetoed` has
+    its group's lowest. `advantage` is GRPO's.
     """
 
     step: int
@@ -216,6 +234,11 @@ class Rollout(Record):
     learner_logprobs: tuple[float, ...] | None = None
     score: float
     reward: float
+    length: float | None = None
+    repetition: float | None = None
+    style: float | None = None
+    vetoed: str | None = None
+    advantage: float | None = None
 
 
 class Task(Record):
@@ -303,13 +326,16 @@ class SetAside(Record):
 
 
 class Example(Record):
-    """One supervised example: OpenAI-style `messages`, the last one to be learnt, and where it came from."""
+    """One supervised example: OpenAI-style `messages`, the last one to be learnt, and where it came from.
+
+    `user_id` and `character_id` are None where nobody said it, or no character of ours: in sets of examples.
+    """
 
     id: str
     prompt_id: str
-    user_id: str
-    character_id: str
-    source: Literal["internal", "user", "rewrite", "safety", "general"]
+    user_id: str | None
+    character_id: str | None
+    source: ExampleSource
     messages: tuple[ChatMessage, ...]
     score: float | None = None
 
