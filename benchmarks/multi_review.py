@@ -320,7 +320,7 @@ def main() -> None:
         figures[name] = measured(name, data, reads, source, agree, args)
     if "report" in args.do:
         show(about, figures)
-        record.write(args.json, about | plain(figures))
+        record.write(args.json, about | figures)
 
 
 def consensus_of_seven(votes: NDArray[np.int8]) -> NDArray[np.bool_]:
@@ -358,7 +358,7 @@ def measured(
 
 def show(about: dict[str, Any], figures: dict[str, Any]) -> None:
     """The tables."""
-    said = reward_world.said
+    said = record.said
     sizes = [
         (name, one["seed"], one["trained_items"], one["units"], *one["pairs"].values(), str(one["learned"]))
         for name, seeds in figures.items() for one in seeds
@@ -385,15 +385,6 @@ def side_of_zero(gap: Estimate) -> str:
     if gap.low is None or gap.high is None:
         return "-"
     return "yes" if gap.low > 0 else "no" if gap.high < 0 else "cannot tell"
-
-
-def plain(value: Any) -> Any:
-    """Estimates as JSON."""
-    if isinstance(value, Estimate):
-        return value.model_dump()
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -257,29 +257,22 @@ def main() -> None:
 def show(about: dict[str, object], args: argparse.Namespace, curves: dict[str, dict[str, OptimisationCurve]],
          accuracy: dict[str, Estimate], pairs: dict[str, int]) -> None:  # fmt: skip
     """The curves at powers of two, and what is said of them."""
+    number = partial(record.said, digits=2, why=True)
     at = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= args.candidates]
     rows = []
     for name, both in curves.items():
         first = next(iter(both.values()))
-        rows.append((f"{name} ({pairs[name]} pairs)", "itself", *(value(first.points[n - 1].proxy) for n in at)))
-        rows += [("", by, *(value(one.points[n - 1].gold) for n in at)) for by, one in both.items()]
+        rows.append((f"{name} ({pairs[name]} pairs)", "itself", *(number(first.points[n - 1].proxy) for n in at)))
+        rows += [("", by, *(number(one.points[n - 1].gold) for n in at)) for by, one in both.items()]
     record.show(about, ("best by", "judged by", *(f"n = {n}" for n in at)), rows)
     print(f"\nstandard deviations of the policy's replies to one prompt; ties {first.ties:.1%} of pairs\n")
     for name, both in curves.items():
         for by, one in both.items():
             fit = one.gold
-            print(f"{name}, {by}: {said(one)}; alpha {value(fit.alpha)}, beta {value(fit.beta)}, R2 {fit.r2:.3f}, "
-                  f"turn {value(fit.turn)}; gap grows by {value(one.gap_growth)}")  # fmt: skip
+            print(f"{name}, {by}: {said(one)}; alpha {number(fit.alpha)}, beta {number(fit.beta)}, R2 {fit.r2:.3f}, "
+                  f"turn {number(fit.turn)}; gap grows by {number(one.gap_growth)}")  # fmt: skip
     for name, right in accuracy.items():
-        print(f"accuracy of {name} on held-out pairs: {value(right)}")
-
-
-def value(found: Estimate) -> str:
-    """A value with its interval, or why there is none."""
-    if found.value is None:
-        return str(found.reason)
-    edges = ("?" if edge is None else f"{edge:.2f}" for edge in (found.low, found.high))
-    return f"{found.value:.2f} [{', '.join(edges)}]" if found.low is not None else f"{found.value:.2f}"
+        print(f"accuracy of {name} on held-out pairs: {number(right)}")
 
 
 if __name__ == "__main__":

@@ -285,30 +285,16 @@ def main() -> None:
     for name, data in sets.items():
         found, limits = report(data, name, args), cuts(data, form, args)
         skipped = dict(data.skipped)
-        figures[name] = {"pairs": len(data.pairs), "skipped": skipped, "cuts": limits, "models": _plain(found)}
+        figures[name] = {"pairs": len(data.pairs), "skipped": skipped, "cuts": limits, "models": found}
         print(f"\n{name}: {len(data.pairs)} pairs; skipped: {skipped or 'none'}")
         print(f"contexts cut {limits['contexts_cut']}, replies cut {limits['replies_cut']} of {limits['replies']}\n")
         views = list(found["longer wins, words"][0]["accuracy"])
         rows = [
-            (model, one.get("seed"), *(_said(one["accuracy"][view]) for view in views))
+            (model, one.get("seed"), *(record.said(one["accuracy"][view], n=True) for view in views))
             for model, several in found.items() for one in several
         ]  # fmt: skip
         record.table(("model", "seed", *views), rows)
     record.write(args.json, figures)
-
-
-def _said(estimate: Estimate) -> str:
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return "-"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] {estimate.n}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return value.model_dump()
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

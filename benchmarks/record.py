@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
@@ -81,9 +83,26 @@ def digest(rows: Iterable[object]) -> str:
     return hashlib.sha256(json.dumps(list(rows), default=str).encode()).hexdigest()[:12]
 
 
+def said(estimate: Mapping[str, Any] | BaseModel, digits: int = 3, *, n: bool = False, why: bool = False) -> str:
+    """An estimate for a table: value, interval where there is one, and `n`; of a missing one `-`, or its reason."""
+    mine = estimate.model_dump() if isinstance(estimate, BaseModel) else estimate
+    if mine["value"] is None:
+        return str(mine.get("reason") or "-") if why else "-"
+    value, low, high = (None if v is None else f"{v:.{digits}f}" for v in (mine["value"], mine["low"], mine["high"]))
+    interval = "" if low is None and high is None else f" [{low or '?'}, {high or '?'}]"
+    return f"{value}{interval}" + (f" {mine['n']}" if n else "")
+
+
 def write(path: Path | None, figures: Mapping[str, object]) -> None:
+    """The figures as JSON, records in them too."""
     if path:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(figures, indent=1, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def _processor() -> str:

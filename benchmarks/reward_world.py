@@ -30,12 +30,13 @@ import judges
 import record
 import world
 from characterflywheel.config import RewardConfig
-from characterflywheel.records import Estimate, Preference
+from characterflywheel.records import Preference
 from characterflywheel.reward import format, screen
 from characterflywheel.reward.evaluate import PreferenceEvaluation, evaluate_preference
 from characterflywheel.reward.judge import Margins, pairwise_margins, pointwise_margins
 from characterflywheel.reward.network import backbone_folder
 from characterflywheel.reward.pointwise import Pointwise
+from record import said
 
 CLAIM = 0.05
 
@@ -178,21 +179,12 @@ def row(kind: str, seed: int, parts: Parts, prompts: int, one: PreferenceEvaluat
     calibration, best = one.calibration, one.best_of_n
     assert calibration is not None
     return (
-        kind, seed, len(parts.training), f"{len(parts.held_out)} ({prompts})", said(one.accuracy.model_dump()),
-        one.longer_wins.value, said(calibration.before.error.model_dump()), said(calibration.after.error.model_dump()),
+        kind, seed, len(parts.training), f"{len(parts.held_out)} ({prompts})", said(one.accuracy),
+        one.longer_wins.value, said(calibration.before.error), said(calibration.after.error),
         calibration.after.by_chance, calibration.temperature,
         f"{calibration.log_loss_before:.3f} > {calibration.log_loss_after:.3f}",
-        said(best.accuracy.model_dump()) if best else "-", best.chance if best else None,
+        said(best.accuracy) if best else "-", best.chance if best else None,
     )  # fmt: skip
-
-
-def said(estimate: dict[str, float | None] | Estimate) -> str:
-    """A value with its interval."""
-    mine = estimate.model_dump() if isinstance(estimate, Estimate) else estimate
-    if mine["value"] is None:
-        return "-"
-    interval = "" if mine["low"] is None or mine["high"] is None else f" [{mine['low']:.3f}, {mine['high']:.3f}]"
-    return f"{mine['value']:.3f}{interval}"
 
 
 if __name__ == "__main__":

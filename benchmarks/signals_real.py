@@ -42,7 +42,7 @@ from characterflywheel.reward.signals import (
     fit,
     spreads,
 )
-from record import circumstances, table, write
+from record import circumstances, said, table, write
 from signals_data import Rows, chitchat, dialogs, satisfaction, split, thumbs
 
 LOOKED_AT = 2024  # seed of the half of the thumbs' users on which the features were chosen
@@ -269,13 +269,6 @@ def raters(ratings: Sequence[Sequence[int]], groups: Sequence[str]) -> dict[str,
         "one_with_others": float(spearmanr(one, others).statistic), "halves": halves,
         "ceiling": float(np.sqrt(max(0.0, 2 * halves / (1 + halves)))), "dialogs": len(set(groups)),
     }  # fmt: skip
-
-
-def said(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "-"
-    interval = "" if estimate.low is None else f" ({estimate.low:.3f}-{estimate.high:.3f})"
-    return f"{estimate.value:.3f}{interval}"
 
 
 PARTS = {"thumbs": judge_thumbs, "chitchat": judge_chitchat, "dialogs": judge_dialogs,

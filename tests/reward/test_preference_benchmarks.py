@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.llm.shared_prefix import reply_logprobs
-from characterflywheel.records import ChatMessage
+from characterflywheel.records import ChatMessage, Estimate
 from tiny_model import tiny_folder
 
 __all__ = ["tiny_folder"]
@@ -234,3 +234,18 @@ def test_what_pairs_teach_is_told_by_their_labels_too(scripts: Namespace) -> Non
     ]
     assert len({scripts.world.taught([p]) for p in (one, *others)}) == 3
     assert scripts.world.taught([one]) == scripts.world.taught([one.model_copy()])
+
+
+def test_estimates_are_said_and_written_in_one_way(scripts: Namespace, tmp_path: Path) -> None:
+    said, about = scripts.record.said, Estimate(value=0.6, low=0.51, high=0.6889, n=12)
+    assert said(about) == "0.600 [0.510, 0.689]"
+    assert said(about, 2, n=True) == "0.60 [0.51, 0.69] 12"
+    assert said(about.model_dump()) == said(about)
+    assert said(Estimate(value=-1.0, n=3)) == "-1.000"
+    missing = Estimate(value=None, n=0, reason="no turn seen")
+    assert (said(missing), said(missing, why=True)) == ("-", "no turn seen")
+    file = tmp_path / "figures.json"
+    scripts.record.write(file, {"models": {"head": [about]}})
+    assert Estimate(**json.loads(file.read_text())["models"]["head"][0]) == about
+    with pytest.raises(TypeError, match="Path is no JSON"):
+        scripts.record.write(file, {"where": tmp_path})
