@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from characterflywheel import records
 from characterflywheel.config import FlywheelConfig
@@ -31,8 +32,11 @@ def config_tables() -> str:
 
 
 def _sections(of: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every section by its name in TOML, those inside a section after it."""
+    """Every section by its name in TOML, those inside a section after it; `[NAME]` where there is a list of them."""
     for name, field in of.model_fields.items():
+        for item in get_args(field.annotation):
+            if isinstance(item, type) and issubclass(item, BaseModel) and get_origin(field.annotation) is tuple:
+                yield f"[{above}{name}]", item
         if isinstance(field.default, BaseModel):
             yield above + name, type(field.default)
             yield from _sections(type(field.default), f"{above}{name}.")
@@ -69,6 +73,10 @@ def _rows(fields: dict[str, Any]) -> Iterator[str]:
 def default(value: object) -> str:
     if value is None:
         return "absent"
+    if value is PydanticUndefined:
+        return "needed"
+    if isinstance(value, tuple):
+        value = tuple(v.model_dump(exclude_defaults=True) if isinstance(v, BaseModel) else v for v in value)
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
