@@ -222,9 +222,12 @@ class Rollout(Record):
     `token_ids[t]`, at its temperature; `learner_logprobs` are the same of the weights that learn from it, as they were
     when the step began, None where it taught nothing (all replies to the prompt had one reward; online DPO: it was
     neither best nor worst). `score` is the reward model's, `reward` what was learnt from: the score and the weighted
-    terms `length`, `repetition` and `style` (None where there was none); a reply that safety refused for `vetoed` has
-    its group's lowest. `advantage` is GRPO's.
+    terms `length`, `repetition` and `style` (None where nobody measured them); `features` are the values behind
+    `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has its group's lowest reward, one that
+    is `cut_off` met `max_tokens`. `advantage` is GRPO's.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # engines report NaN at times
 
     step: int
     prompt_id: str
@@ -237,7 +240,9 @@ class Rollout(Record):
     length: float | None = None
     repetition: float | None = None
     style: float | None = None
+    features: tuple[float, ...] = ()
     vetoed: str | None = None
+    cut_off: bool | None = None
     advantage: float | None = None
 
 
