@@ -20,6 +20,7 @@ from .ledger import (
     Training,
     Truth,
 )  # fmt: skip
+from .phases.consolidation import TrafficSummary
 from .pipeline import Artifact, summary_line
 from .release.gate import GateDecision
 from .reward.judge import RewardSummary
@@ -30,7 +31,7 @@ from .training.dpo import DPOSummary
 from .training.rejection_sampling import RejectionSummary
 from .training.rl import RLSummary
 from .training.sft import TrainingSummary
-from .workshop import TrafficSummary, Workshop
+from .workshop import Workshop
 
 
 def row(number: int, shop: Workshop, done: Mapping[str, Artifact[Any]], truth: Truth | None) -> LedgerRow:

@@ -5,12 +5,13 @@
     herding              sft -> dpo -> rl
     evaluation           overoptimisation, offline, style -> gate -> release -> live -> experiment -> verdict
 
-`compose` declares the stages and what each takes; `Workshop` does the work of each, with the functions of the
-stage's own package. Stages never import one another; only this file puts them together.
+`compose` declares the stages and what each takes; `phases` does the work of each, with the functions of the stage's
+own package. Stages never import one another; only this file puts them together.
 """
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from . import bookkeeping, ledger
@@ -22,6 +23,9 @@ from .evaluation.stage import OfflineSummary
 from .experiment.stage import BankSummary, ExperimentSummary
 from .ledger import LedgerRow, Truth
 from .people import Bank, People
+from .phases import consolidation, evaluation, herding, online, preherding
+from .phases.consolidation import TrafficSummary, WindowSummary
+from .phases.online import LiveSummary
 from .pipeline import Artifact, Stage, Work
 from .progress import announce
 from .records import Record
@@ -35,7 +39,7 @@ from .training.dpo import DPOSummary
 from .training.rejection_sampling import RejectionSummary
 from .training.rl import RLSummary
 from .training.sft import TrainingSummary
-from .workshop import WEEK, LiveSummary, TrafficSummary, WindowSummary, Workshop
+from .workshop import WEEK, Workshop
 from .workspace import Workspace
 
 S = TypeVar("S", bound=Record)
@@ -54,39 +58,41 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     nothing = Section()
 
     def stage(
-        name: str, settings: Section, summary: type[S], run: Callable[[Work], S], inputs: Inputs,
+        name: str, settings: Section, summary: type[S], run: Callable[[Workshop, Work], S], inputs: Inputs,
         external: dict[str, str] = models,
     ) -> Stage[S]:  # fmt: skip
-        return Stage(name, VERSIONS.get(name, 1), settings, summary, run, config.seed, inputs, external)
+        return Stage(name, VERSIONS.get(name, 1), settings, summary, partial(run, shop), config.seed, inputs, external)
 
     # Data consolidation: people talk, traffic is curated into prompts, annotators compare replies.
-    window = stage("window", config.world or nothing, WindowSummary, shop.open_window, {}, opening)
+    window = stage("window", config.world or nothing, WindowSummary, consolidation.open_window, {}, opening)
     reading = nothing if config.world else config.traffic  # the crowd says of each reply whether it goes on
-    traffic = stage("traffic", reading, TrafficSummary, shop.export_traffic, {"window": window})
-    curate = stage("curate", config.curate, CurateSummary, shop.curate, {"traffic": traffic})
-    annotate = stage("annotate", config.annotate, AnnotateSummary, shop.annotate, {"prompts": curate})
+    traffic = stage("traffic", reading, TrafficSummary, consolidation.export_traffic, {"window": window})
+    curate = stage("curate", config.curate, CurateSummary, consolidation.curate, {"traffic": traffic})
+    annotate = stage("annotate", config.annotate, AnnotateSummary, consolidation.annotate, {"prompts": curate})
 
     # Pre-herding: reward models interpolate what people preferred; the best of n replies become examples.
     learned: Inputs = {"pairs": annotate, "traffic": traffic, "prompts": curate}
     compared = {f"generation {past.generation}": f"{past.rewards.name} {past.pairs.name}" for past in shop.past}
-    reward = stage("reward", shop.reward_settings, RewardSummary, shop.train_rewards, learned, models | compared)
+    reward = stage("reward", shop.reward_settings, RewardSummary, preherding.train_rewards, learned, models | compared)
     fresh: Inputs = {"prompts": curate, "judge": reward}
     asks = models | shop.scored_by
-    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, shop.reject, fresh, asks)
+    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, preherding.reject, fresh, asks)
 
     # Herding: a careful step uphill.
     examples: Inputs = {"selected": rejection, "rewrites": annotate, "judge": reward}
-    sft = stage("sft", config.sft, TrainingSummary, shop.train_sft, examples)
+    sft = stage("sft", config.sft, TrainingSummary, herding.train_sft, examples)
     preferred: Inputs = {"model": sft, "pairs": annotate, "judge": reward}
-    dpo = stage("dpo", config.dpo, DPOSummary, shop.train_dpo, preferred)
-    rl = stage("rl", config.rl, RLSummary, shop.train_rl, {"model": dpo, "scored": rejection, **fresh}, asks)
+    dpo = stage("dpo", config.dpo, DPOSummary, herding.train_dpo, preferred)
+    rl = stage("rl", config.rl, RLSummary, herding.train_rl, {"model": dpo, "scored": rejection, **fresh}, asks)
 
     # Evaluation: how far the reward could be trusted, offline, then the gate, then people.
     climbed: Inputs = {"scored": rejection, "start": dpo, "policy": rl, **fresh}
     overoptimisation = stage(
-        "overoptimisation", config.overoptimisation, OveroptimisationSummary, shop.watch_optimisation, climbed, asks
-    )
-    offline = stage("offline", config.offline, OfflineSummary, shop.evaluate_offline, {"model": rl, **fresh}, asks)
+        "overoptimisation", config.overoptimisation, OveroptimisationSummary, evaluation.watch_optimisation, climbed,
+        asks,
+    )  # fmt: skip
+    answering: Inputs = {"model": rl, **fresh}
+    offline = stage("offline", config.offline, OfflineSummary, evaluation.evaluate_offline, answering, asks)
     watched: Inputs = {
         "pairs": annotate,
         "selected": rejection,
@@ -95,15 +101,15 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
         "replies": offline,
         "prompts": curate,
     }
-    style = stage("style", config.style, StyleSummary, shop.watch_style, watched)
+    style = stage("style", config.style, StyleSummary, evaluation.watch_style, watched)
     evidence: Inputs = {"offline": offline, "style": style, "reward": reward, "climbed": overoptimisation}
-    gate = stage("gate", config.gate, GateDecision, shop.decide, evidence)
+    gate = stage("gate", config.gate, GateDecision, evaluation.decide, evidence)
     allowed: Inputs = {"model": rl, "prompts": curate, "gate": gate, "window": window}
-    release = stage("release", config.experiment, BankSummary, shop.release, allowed)
+    release = stage("release", config.experiment, BankSummary, online.release, allowed)
     met: Inputs = {"bank": release} if config.world else {"bank": release, "model": rl}
-    live = stage("live", config.world or nothing, LiveSummary, shop.live, met)
+    live = stage("live", config.world or nothing, LiveSummary, online.live, met)
     lived: Inputs = {"live": live, "bank": release}
-    experiment = stage("experiment", config.experiment, ExperimentSummary, shop.analyse, lived)
+    experiment = stage("experiment", config.experiment, ExperimentSummary, online.analyse, lived)
     return (window, traffic, curate, annotate, reward, rejection, sft, dpo, rl, overoptimisation, offline, style,
             gate, release, live, experiment)  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""The work of each stage of a generation: reads its declared inputs, calls the stage's own package (see `generation`).
+"""What the stages of one generation share: configuration, store, people, and the models loaded so far.
 
-Models, encoder and reward models are loaded when first needed and kept until a training stage needs the memory.
+The work of each stage is in `phases`, by the paper's phases; `generation` puts the stages together. Models, encoder and
+reward models are loaded when first needed and kept until a training stage needs the memory.
 """
 
 import hashlib
@@ -12,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import ledger, tables
 from .annotation.candidates import RewritePolicy
-from .annotation.stage import AnnotateSummary, annotate
 from .characters import load_characters, roster, system_prompt
 from .config import FlywheelConfig, RewardConfig
-from .curation.stage import CurateSummary, curate
-from .errors import FlywheelError, Waiting
-from .evaluation.stage import OfflineSummary, Reply, evaluate_offline
-from .experiment.stage import BankSummary, ExperimentSummary, analyse, load_bank, make_bank, name_arms
-from .llm.base import ChatModel, Sampling
+from .errors import FlywheelError
+from .experiment.stage import BankSummary, load_bank
+from .llm.base import ChatModel
 from .llm.ct2 import CTranslate2Model
 from .llm.encoder import Encoder, shared_encoder
 from .llm.identity import identity
@@ -27,37 +25,13 @@ from .llm.models import base_model_folder, encoder_folder
 from .llm.native import NativeModel
 from .people import Bank, People
 from .pipeline import Artifact, Runner, Work, write_atomically
-from .progress import announce, progress
-from .records import (
-    Candidate,
-    Character,
-    Example,
-    Message,
-    Preference,
-    Prompt,
-    Record,
-    Rollout,
-    SetAside,
-    Signal,
-    User,
-)
+from .progress import announce
+from .records import Candidate, Character, Prompt, Record
 from .release import registry
-from .release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange, decide
 from .reward.composite import RewardModels, precision_of
 from .reward.history import Past
-from .reward.judge import RewardSummary
-from .reward.overoptimisation.stage import OveroptimisationSummary, measure_overoptimisation
-from .reward.stage import train_rewards
 from .safety import SafetyPolicy
-from .serving.chat import ChatService
-from .store import EventStore, Position
-from .store.continued import continued
-from .store.export import conversations_from_export
-from .style.stage import StyleSummary, watch_style
-from .training.dpo import DPOSummary, train_dpo
-from .training.rejection_sampling import RejectionSummary, reject
-from .training.rl import RLSummary, choose_prompts, train_rl
-from .training.sft import TrainingSummary, train_sft
+from .store import EventStore
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -76,41 +50,6 @@ class Parent(Record):
     name: str
     identity: str
     folder: str | None = None
-
-
-class WindowSummary(Record):
-    """The stretch of the event store that is this generation's traffic: rows after `after` up to `until`."""
-
-    after: Position
-    until: Position
-    starts: datetime
-
-    def line(self) -> str:
-        return (
-            f"{self.until.messages - self.after.messages} messages, {self.until.signals - self.after.signals} signals"
-        )
-
-
-class TrafficSummary(Record):
-    """What the window held, of users who consent to training."""
-
-    conversations: int
-    users: int
-    messages: int
-    signals: dict[str, int]
-
-    def line(self) -> str:
-        signals = ", ".join(f"{kind} {n}" for kind, n in self.signals.items())
-        return f"{self.conversations} conversations of {self.users} users, {self.messages} messages; {signals}"
-
-
-class LiveSummary(Record):
-    """Where the event store stood when the experiment's days were over."""
-
-    until: Position
-
-    def line(self) -> str:
-        return f"{self.until.messages} messages, {self.until.exposures} exposures in the store"
 
 
 def parent_of(workspace: Workspace, config: FlywheelConfig, number: int) -> Parent:
@@ -177,9 +116,9 @@ class Workshop:
     def known_characters(self) -> dict[str, Character]:
         """Those that may be talked to, and every other that has been: retired, or brought along by an import."""
         known = self.store.characters() | roster(self.folder_characters, self.store)
-        return {id: one for id, one in known.items() if self._fits(one)}
+        return {id: one for id, one in known.items() if self.fits(one)}
 
-    def _fits(self, character: Character) -> bool:
+    def fits(self, character: Character) -> bool:
         """Whether prompts of every stage have room for a character's card; one person's long card stops no generation.
 
         The conversations of one that does not fit are left out like those of an unknown character.
@@ -267,6 +206,13 @@ class Workshop:
             )  # fmt: skip
         return self._models[folder]
 
+    def unload(self, folder: Path | None = None) -> None:
+        """Let go of a chat model, or of all: what is trained next needs the memory."""
+        if folder is None:
+            self._models.clear()
+        else:
+            self._models.pop(folder)
+
     @property
     def parent_model(self) -> ChatModel:
         return self.model(self.parent_folder, self.parent.name)
@@ -297,223 +243,10 @@ class Workshop:
             work.notes["scores"] += "; pointwise: vLLM"
         return models
 
-    # Data consolidation
-
-    def open_window(self, work: Work) -> WindowSummary:
-        """Let people talk to the model in service, then close the window at what the store holds."""
-        starts = WORLD_BEGINS + (self.number - 1) * 2 * WEEK if self.config.world else datetime.now(UTC)
-        after = Position(messages=0, signals=0, exposures=0)
-        if self.previous != "start":
-            record = json.loads((self.workspace.artifacts / self.previous / "artifact.json").read_text("utf-8"))
-            after = Position.model_validate(record["summary"]["until"])
-        sampling = Sampling(temperature=self.config.serving.temperature, max_tokens=self.config.serving.max_tokens)
-        self._claim(work)
-        service = ChatService(
-            self.store, {self.parent.name: self.parent_model}, self.parent.name, self.safety, sampling, work.seed
-        )
-        approved = [c for c in self.characters.values() if c.safety == "approved" and self._fits(c)]
-        self.people.talk(service, approved, self.number, starts)
-        until = self.store.position()
-        if until.messages <= after.messages:  # less where the newest rows were erased
-            raise Waiting("no message has come in since the last window: serve or import traffic, then run again.")
-        return WindowSummary(after=after, until=until, starts=starts)
-
-    def export_traffic(self, work: Work) -> TrafficSummary:
-        window: WindowSummary = work.inputs["window"].summary
-        self.store.export(work.folder, window.after, window.until)
-        told = tables.read(work.folder / "signals.parquet", Signal)
-        conversations = conversations_from_export(work.folder)
-        if self.config.world is None:
-            within = timedelta(hours=self.config.traffic.continue_hours)
-            told += continued(conversations, told, window.starts, within)
-            tables.write(work.folder / "signals.parquet", Signal, told)
-        signals = sorted(signal.kind for signal in told)
-        if not conversations:
-            raise FlywheelError(
-                f"the window holds no traffic of consenting users: serve or import some into {self.workspace.root}."
-            )
-        return TrafficSummary(
-            conversations=len(conversations), users=len(tables.read(work.folder / "users.parquet", User)),
-            messages=len(tables.read(work.folder / "messages.parquet", Message)),
-            signals={kind: signals.count(kind) for kind in dict.fromkeys(signals)},
-        )  # fmt: skip
-
-    def curate(self, work: Work) -> CurateSummary:
-        return curate(work, self.config.curate, work.inputs["traffic"].folder, self.encoder, self.known_characters)
-
-    def annotate(self, work: Work) -> AnnotateSummary:
-        """Alternatives from the pool, judged and ranked by annotators, become preference pairs and rewrites."""
-        world, config = self.config.world, self.config.annotate
-        reviewers = [f"annotator-{i + 1}" for i in range(world.annotators if world else config.reviewers)]
-        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        with progress("annotate") as advance:
-            return annotate(work, config, prompts, self.pool(), self.known_characters, self.people, reviewers, advance)
-
-    # Pre-herding
-
-    def train_rewards(self, work: Work) -> RewardSummary:
-        self._models.clear()
-        traffic = work.inputs["traffic"].folder
-        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        judged_on = {p.user_id for p in prompts if p.split in ("evaluate", "experiment")}
-        everything = conversations_from_export(traffic, alternatives=True)  # what was regenerated away was judged too
-        conversations = [c for c in everything if c.user_id not in judged_on]
-        with progress("reward") as advance:
-            return train_rewards(
-                work, self.config.reward, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
-                conversations, tables.read(traffic / "signals.parquet", Signal),
-                self.parent_folder, self.encoder, generation=self.number, past=self.past, threads=self.threads,
-                device=self.device, on_progress=advance,
-            )  # fmt: skip
-
-    def reject(self, work: Work) -> RejectionSummary:
-        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        judge = self.rewards(work)
-        with progress("rejection_sampling") as advance:
-            return reject(work, self.config.rejection_sampling, prompts, self.pool(), judge, self.safety, advance)
-
-    # Herding
-
-    def train_sft(self, work: Work) -> TrainingSummary:
-        """On what rejection sampling accepted and what annotators rewrote, but for the gold model's users."""
-        self._models.clear()
-        examples = tables.read(work.inputs["selected"] / "examples.parquet", Example)
-        aside = _set_aside(work)
-        rewrites = tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
-        examples += [example for example in rewrites if example.user_id not in aside]
-        with progress("sft") as advance:
-            return train_sft(
-                work, self.config.sft, self.parent_folder, examples, threads=self.threads, device=self.device,
-                on_progress=advance,
-            )  # fmt: skip
-
-    def train_dpo(self, work: Work) -> DPOSummary:
-        """On what annotators preferred, but for the gold model's users."""
-        aside = _set_aside(work)
-        pairs = tables.read(work.inputs["pairs"] / "pairs.parquet", Preference)
-        pairs = [pair for pair in pairs if pair.user_id not in aside]
-        with progress("dpo") as advance:
-            return train_dpo(
-                work, self.config.dpo, work.inputs["model"] / "model", pairs, threads=self.threads,
-                device=self.device, on_progress=advance,
-            )  # fmt: skip
-
-    def train_rl(self, work: Work) -> RLSummary:
-        """On prompts whose candidates' scores vary most, with the pointwise model as the reward."""
-        config, candidates = self.config.rl, _candidates(work)
-        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        wanted = config.steps * config.prompts_per_step
-        chosen = choose_prompts(prompts, candidates, wanted, config.ordinary_share, work.seed)
-        with progress("rl") as advance:
-            return train_rl(
-                work, config, work.inputs["model"] / "model", chosen, self.rewards(work).pointwise,
-                self.safety, threads=self.threads, batch_replies=self.config.models.batch_replies, device=self.device,
-                on_progress=advance,
-            )  # fmt: skip
-
-    # Evaluation
-
-    def watch_optimisation(self, work: Work) -> OveroptimisationSummary:
-        """How far gold reward followed the reward that selection and RL climbed."""
-        self._models.clear()
-        prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-        rollouts = tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout)
-        judge = self.rewards(work)
-        judged: RewardSummary = work.inputs["judge"].summary
-        with progress("overoptimisation") as advance:
-            return measure_overoptimisation(
-                work, self.config.overoptimisation, self.config.rl, prompts, _candidates(work), rollouts,
-                work.inputs["start"] / "model", judge.pointwise, judge.gold,
-                gold_accuracy=judged.gold.accuracy if judged.gold else None, threads=self.threads,
-                batch_replies=self.config.models.batch_replies, device=self.device, on_progress=advance,
-            )  # fmt: skip
-
-    def evaluate_offline(self, work: Work) -> OfflineSummary:
-        prompts = self._split(work, "evaluate")
-        new = self.model(work.inputs["model"] / "model", self.model_name)
-        with progress("offline") as advance:
-            return evaluate_offline(
-                work, self.config.offline, prompts, self.parent_model, new, self.rewards(work),
-                self.known_characters, advance, self.safety,
-            )  # fmt: skip
-
-    def watch_style(self, work: Work) -> StyleSummary:
-        """Chosen against rejected, accepted against rejected, and each checkpoint against the one before."""
-        prompts = {p.id: p for p in tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)}
-        replies = tables.read(work.inputs["replies"] / "replies.parquet", Reply)
-        told = {policy: [(r.prompt_id, r.text) for r in replies if r.policy == policy] for policy in ("old", "new")}
-        asked = [prompts[i] for i, _ in told["old"][: self.config.style.prompts]]
-        checkpoints = {self.parent.name: told["old"]}
-        for name in ("sft", "dpo"):
-            folder = work.inputs[name] / "model"
-            checkpoints[name] = self._answer(folder, name, asked, work.seed)
-            self._models.pop(folder)
-        checkpoints[self.model_name] = told["new"]
-        selected = work.inputs["selected"]
-        return watch_style(
-            work, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
-            tables.read(selected / "accepted.parquet", Candidate),
-            tables.read(selected / "rejected.parquet", Candidate), prompts, checkpoints, self.config.style.phrases,
-        )  # fmt: skip
-
-    def decide(self, work: Work) -> GateDecision:
-        offline: OfflineSummary = work.inputs["offline"].summary
-        reward: RewardSummary = work.inputs["reward"].summary
-        style: StyleSummary = work.inputs["style"].summary
-        climbed: OveroptimisationSummary = work.inputs["climbed"].summary
-        steered = offline.steerability
-        evidence = GateEvidence(
-            win_rates={
-                source: {"pointwise": rate.pointwise, "pairwise": rate.pairwise}
-                for source, rate in (("user", offline.win_rate.user), ("internal", offline.win_rate.internal))
-            },
-            production={name: Change(old=m.before, new=m) for name, m in offline.production.items()},
-            instruction_following=Change(old=steered.instruction_following.before, new=steered.instruction_following),
-            instruction_violation=Change(old=steered.instruction_violation.before, new=steered.instruction_violation),
-            style={
-                shift.feature: StyleChange(old=shift.before, new=shift.after)
-                for shift in style.drift
-                if shift.before is not None and shift.after is not None
-            },
-            reward_accuracy={"pointwise": reward.pointwise_accuracy, "pairwise": reward.pairwise_accuracy},
-            gained=Gained.of(climbed.rl, climbed.gold_accuracy) if self.config.reward.gold_share else None,
-        )
-        return decide(self.config.gate, evidence)
-
-    def release(self, work: Work) -> BankSummary:
-        """Put the new model into an arm beside the model in service."""
-        window: WindowSummary = work.inputs["window"].summary
-        name = f"{self.model_name}-against-{self.parent.name}"
-        if self.config.world is None:  # real users meet the models themselves
-            return name_arms(work, self.config.experiment, name, self.parent.name, self.model_name, window.starts)
-        new = self.model(work.inputs["model"] / "model", self.model_name)
-        with progress("release") as advance:
-            return make_bank(
-                work, self.config.experiment, name, self._split(work, "experiment"), self.parent_model, new,
-                self.known_characters, window.starts + WEEK, advance,
-            )  # fmt: skip
-
     def bank(self, artifact: Artifact[BankSummary]) -> Bank:
         return load_bank(artifact.folder, self.known_characters)
 
-    def live(self, work: Work) -> LiveSummary:
-        self._claim(work)
-        if self.config.world is None:  # the chat service finds the new model through the registry
-            folder = (work.inputs["model"] / "model").relative_to(self.workspace.root).as_posix()
-            release = registry.Release(generation=self.number, model=self.model_name, folder=folder)
-            registry.offer(self.workspace.registry, release, "for its experiment", datetime.now(UTC))
-        ended = self.people.live(self.bank(work.inputs["bank"]))
-        return LiveSummary(until=self.store.position(ended))
-
-    def analyse(self, work: Work) -> ExperimentSummary:
-        live: LiveSummary = work.inputs["live"].summary
-        bank: BankSummary = work.inputs["bank"].summary
-        export = work.partial / "export"
-        nothing = Position(messages=0, signals=0, exposures=0)
-        self.store.export(export, nothing, live.until, consenting_only=False, texts=False)
-        return analyse(work, self.config.experiment, bank.experiment, export)
-
-    def _claim(self, work: Work) -> None:
+    def claim(self, work: Work) -> None:
         """Events cannot be taken back, so a week is lived under one configuration only.
 
         Raises:
@@ -532,25 +265,11 @@ class Workshop:
             )
         write_atomically(file, json.dumps(weeks, indent=1) + "\n")
 
-    def _split(self, work: Work, split: str) -> list[Prompt]:
+    def split(self, work: Work, split: str) -> list[Prompt]:
         return [p for p in tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt) if p.split == split]
 
-    def _answer(self, folder: Path, name: str, prompts: list[Prompt], seed: int) -> list[tuple[str, str]]:
-        """One reply to each prompt, sampled as offline evaluation samples."""
-        config = self.config.offline
-        sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
-        replies = self.model(folder, name).complete(
-            [p.messages for p in prompts], sampling=sampling, seeds=[seed + i for i in range(len(prompts))]
-        )
-        return [(p.id, several[0].text) for p, several in zip(prompts, replies, strict=True)]
 
-
-def _set_aside(work: Work) -> set[str]:
-    """The users from whose comparisons only the gold model learns."""
-    return {row.user_id for row in tables.read(work.inputs["judge"] / "gold.parquet", SetAside)}
-
-
-def _candidates(work: Work) -> list[Candidate]:
+def candidates(work: Work) -> list[Candidate]:
     """All that rejection sampling drew."""
     scored = work.inputs["scored"]
     return [c for name in ("accepted", "rejected") for c in tables.read(scored / f"{name}.parquet", Candidate)]

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from characterflywheel.experiment import running
 from characterflywheel.experiment.stage import BankSummary, ExperimentSummary
 from characterflywheel.ids import derive_id
 from characterflywheel.people import RealPeople
+from characterflywheel.phases import online
+from characterflywheel.phases.consolidation import WindowSummary
+from characterflywheel.phases.online import LiveSummary
 from characterflywheel.pipeline import Stage, Work
 from characterflywheel.records import Conversation, Message, Record, User
 from characterflywheel.release import registry
 from characterflywheel.serving.assignment import Assigner
 from characterflywheel.serving.backends import make_backends
 from characterflywheel.store import EventStore, Position
-from characterflywheel.workshop import LiveSummary, WindowSummary, Workshop
+from characterflywheel.workshop import Workshop
 
 MONDAY = datetime(2026, 3, 2, 9, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -70,10 +74,12 @@ class Product:
         opened = WindowSummary(after=Position(), until=Position(), starts=MONDAY)
         window = stage("window", WindowSummary, lambda work: opened, {}, nothing)
         rl = stage("rl", Nothing, model, {}, config.rl)
-        release = stage("release", BankSummary, shop.release, {"model": rl, "window": window}, config.experiment)
-        live = stage("live", LiveSummary, shop.live, {"bank": release, "model": rl}, nothing)
+        release = stage(
+            "release", BankSummary, partial(online.release, shop), {"model": rl, "window": window}, config.experiment
+        )
+        live = stage("live", LiveSummary, partial(online.live, shop), {"bank": release, "model": rl}, nothing)
         lived = {"live": live, "bank": release}
-        experiment = stage("experiment", ExperimentSummary, shop.analyse, lived, config.experiment)
+        experiment = stage("experiment", ExperimentSummary, partial(online.analyse, shop), lived, config.experiment)
         for one in (window, rl, release, live):
             shop.runner.run(one)
         found: ExperimentSummary = shop.runner.run(experiment).summary

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 from reward_fixture import Letters, pair, pairs, tiny_policy
 
-from characterflywheel import generation, lineage, tables, workshop
+from characterflywheel import generation, lineage, tables
 from characterflywheel.config import FlywheelConfig, RewardConfig
+from characterflywheel.phases import herding
 from characterflywheel.pipeline import Work
 from characterflywheel.records import ChatMessage, Example, Preference, SetAside
 from characterflywheel.reward.stage import train_rewards
+from characterflywheel.training import dpo as dpo_stage
+from characterflywheel.training import sft as sft_stage
 from characterflywheel.workshop import Workshop
 from characterflywheel.workspace import Workspace, init
 
@@ -61,8 +64,8 @@ def test_neither_sft_nor_dpo_learns_from_them(reward: Path, tmp_path: Path, monk
         learnt["sft"] = {row.user_id for row in rows if row.source == "rewrite"}
         learnt["selected"] = {row.user_id for row in rows if row.source == "user"}
 
-    monkeypatch.setattr(workshop, "train_dpo", dpo)
-    monkeypatch.setattr(workshop, "train_sft", sft)
+    monkeypatch.setattr(dpo_stage, "train_dpo", dpo)
+    monkeypatch.setattr(sft_stage, "train_sft", sft)
     monkeypatch.setattr(Workshop, "parent_folder", tmp_path)
     gold = aside(reward)
     everybody = {p.user_id for p in ROWS}
@@ -73,8 +76,8 @@ def test_neither_sft_nor_dpo_learns_from_them(reward: Path, tmp_path: Path, monk
     tables.write(tmp_path / "selected" / "examples.parquet", Example, [example(p, "user") for p in ROWS])
     folders = {"judge": reward, "model": tmp_path, **{n: tmp_path / n for n in ("pairs", "rewrites", "selected")}}
     shop = Workshop(Workspace(tmp_path), FlywheelConfig(), None, None, 1)
-    shop.train_dpo(Work(tmp_path, 1, folders))  # type: ignore[arg-type]
-    shop.train_sft(Work(tmp_path, 1, folders))  # type: ignore[arg-type]
+    herding.train_dpo(shop, Work(tmp_path, 1, folders))  # type: ignore[arg-type]
+    herding.train_sft(shop, Work(tmp_path, 1, folders))  # type: ignore[arg-type]
     assert gold
     assert learnt == {"dpo": everybody - gold, "sft": everybody - gold, "selected": everybody}
 
