@@ -8,6 +8,14 @@ class FlywheelError(Exception):
     """
 
 
+class RewardGone(FlywheelError):
+    """The reward model that a stage asks is gone, and asking again did not help: run again when it is back."""
+
+
+class SamplerGone(FlywheelError):
+    """The sampler that draws a stage's replies is gone, and asking again did not help: run again when it is back."""
+
+
 class Waiting(Exception):  # noqa: N818 - not an error
     """A stage cannot go on before people have done something (judged tasks, lived seven days).
 

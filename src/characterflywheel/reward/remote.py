@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from ..errors import FlywheelError
+from ..errors import FlywheelError, RewardGone
 from ..progress import Advance
 from ..records import Record, Scored
 from ..safety.policy import SafetyPolicy
@@ -74,8 +74,9 @@ class Connection:
         """Send a request and read its answer.
 
         Raises:
-            FlywheelError: the server refuses, stays away longer than `patience_s` or busy longer than `busy_s`, fails
-                at the request twice, loses it three times, or gives no proper answer.
+            RewardGone: the server stays away longer than `patience_s` or busy longer than `busy_s`, or loses the
+                request three times.
+            FlywheelError: it refuses, fails at the request twice, or gives no proper answer.
         """
         return self._read(self._tried("POST", path, request.model_dump_json().encode()), answer)
 
@@ -116,17 +117,17 @@ class Connection:
                 away = (asked if away is None else away) if response.status_code in _PROXY else None
             now = self._clock()
             if lost == _LOSSES:
-                raise FlywheelError(
+                raise RewardGone(
                     f"the scoring server {self.address} took a request {lost} times and never answered ({said}): its "
                     "log says why."
                 )
             if away is not None and now + pause - away > self._patience_s:
-                raise FlywheelError(
+                raise RewardGone(
                     f"the scoring server {self.address} did not answer in {attempt + 1} tries over {now - away:.0f} s "
                     f"({said}): start it with `{self._start}`, or leave reward.server out."
                 )
             if away is None and now + pause - began > self._busy_s:
-                raise FlywheelError(
+                raise RewardGone(
                     f"the scoring server {self.address} has been busy for {now - began:.0f} s ({said}): wait until "
                     "others are done, or leave reward.server out."
                 )
