@@ -8,11 +8,11 @@ class FlywheelError(Exception):
     """
 
 
-class RewardGone(FlywheelError):
+class RewardGone(FlywheelError):  # noqa: N818 - named by what has happened
     """The reward model that a stage asks is gone, and asking again did not help: run again when it is back."""
 
 
-class SamplerGone(FlywheelError):
+class SamplerGone(FlywheelError):  # noqa: N818 - named by what has happened
     """The sampler that draws a stage's replies is gone, and asking again did not help: run again when it is back."""
 
 
