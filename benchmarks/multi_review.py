@@ -342,9 +342,12 @@ def measured(
     for seed in range(args.seeds):
         inside = training_units(data, args.train_share if name == "world" else 0.5, seed)
         rows, sets = np.flatnonzero(inside), tests(data, np.flatnonzero(~inside), agree, seed)
-        score = head_scores(data, reads, rows, seed)
+        score = {}
         if source is not None and seed < args.network_seeds:
-            score |= network_scores(data, source, rows, seed, args, "train" in args.do)
+            score = network_scores(data, source, rows, seed, args, "train" in args.do)
+        if "report" not in args.do:
+            continue
+        score = head_scores(data, reads, rows, seed) | score
         accuracy, gained = compare(data, sets, score, seed)
         out.append(
             {"seed": seed, "trained_items": len(set(data.item[rows])), "units": len(set(data.unit[~inside])),

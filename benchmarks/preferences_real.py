@@ -139,14 +139,23 @@ def reading(data: Data, name: str, args: argparse.Namespace) -> Iterator[Path]:
         yield file
 
 
+def network_file(args: argparse.Namespace, model_name: str, name: str, seed: int, fold: int) -> Path:
+    """Where a network's margins on one fold are kept."""
+    size = f"-{args.train_pairs}-pairs" if args.train_pairs else ""
+    return Path(args.work / f"{model_name}-{name}{size}-seed{seed}-fold{fold}.json")
+
+
 def trained(data: Data, name: str, model_name: str, seed: int, fold: int, args: argparse.Namespace) -> Path:
     """Margins of a network trained on the other fold, on this one."""
-    file: Path = args.work / f"{model_name}-{name}-seed{seed}-fold{fold}.json"
+    file = network_file(args, model_name, name, seed, fold)
     record.made_with(file, **how(args))
     if not file.exists():
         side = halves(data.pairs, seed)
         inside = [pair for pair, f in zip(data.pairs, side, strict=True) if f != fold]
         outside = [pair for pair, f in zip(data.pairs, side, strict=True) if f == fold]
+        if args.train_pairs:
+            drawn = np.random.default_rng([seed, fold]).permutation(len(inside))[: args.train_pairs]
+            inside = [inside[i] for i in sorted(drawn)]
         model, began = MODELS[model_name], time.perf_counter()
         config = RewardConfig(
             backbone=model.backbone or str(args.base), layers=args.layers, epochs=args.epochs,
@@ -214,7 +223,7 @@ def report(data: Data, name: str, args: argparse.Namespace) -> dict[str, Any]:
             found["frozen, linear head"].append(judged(part, margins, seen) | {"seed": seed, "chosen": choices})
     for kind in MODELS:
         for seed in range(args.seeds):
-            done = [args.work / f"{kind}-{name}-seed{seed}-fold{fold}.json" for fold in range(FOLDS)]
+            done = [network_file(args, kind, name, seed, fold) for fold in range(FOLDS)]
             for file in filter(Path.exists, done):
                 record.made_with(file, **how(args))
             parts = [json.loads(file.read_text(encoding="utf-8")) for file in done if file.exists()]
@@ -250,6 +259,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many splits by prompt")
     parser.add_argument("--trained-seeds", type=int, default=1, help="how many of them networks are trained on")
     parser.add_argument("--trained-folds", type=int, default=FOLDS, help="on how many of the two folds they are judged")
+    parser.add_argument(
+        "--train-pairs", type=int, help="of a fold that a network learns from, drawn by seed; all if absent"
+    )
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-prompt-tokens", type=int, default=224)
     parser.add_argument("--max-reply-tokens", type=int, default=128)

