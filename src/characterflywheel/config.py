@@ -220,7 +220,9 @@ class PolicyConfig(Section):
         None, gt=0, le=1, description="factor on the temperature; 0.6 for a policy with hints, else 1"
     )
     model: str | None = Field(None, description="the model's name on a server")
-    key_env: str = Field("FLYWHEEL_POOL_KEY", description="environment variable with the server's key")
+    key_env: str = Field(
+        "FLYWHEEL_POOL_KEY", exclude=True, description="environment variable with the server's key"
+    )
 
     @model_validator(mode="after")
     def _names_what_its_source_needs(self) -> Self:
@@ -490,6 +492,20 @@ class RLConfig(Section):
         return self.updates_per_step * self.epochs
 
 
+class ParallelConfig(Section):
+    """Training by several processes, one a GPU (DESIGN section 9). What is learnt is the same but for rounding."""
+
+    processes: int = Field(1, ge=1, description="over all machines; 1: training runs in the command's own process")
+    sharding: Literal["none", "full", "node"] = Field(
+        "none", description="where weights, gradients and optimiser lie: whole in every process, split over all of "
+        "them (FSDP2), or split over each machine's, with a copy a machine",
+    )  # fmt: skip
+    launch: tuple[str, ...] = Field(
+        (), description="command that starts the workers, before the worker's own words; torchrun on this machine if "
+        "absent",
+    )  # fmt: skip
+
+
 class OveroptimisationConfig(Section):
     """How far proxy and gold reward go together (Gao, Schulman, Hilton 2022); all read after training."""
 
@@ -565,6 +581,7 @@ class FlywheelConfig(Section):
     sft: SFTConfig = SFTConfig()
     dpo: DPOConfig = DPOConfig()
     rl: RLConfig = RLConfig()
+    parallel: ParallelConfig = ParallelConfig()
     overoptimisation: OveroptimisationConfig = OveroptimisationConfig()
     offline: OfflineConfig = OfflineConfig()
     style: StyleConfig = StyleConfig()
