@@ -180,7 +180,7 @@ def test_nothing_acceptable_is_nothing_accepted(tmp_path: Path) -> None:
 
 def test_an_odd_number_of_candidates_is_shared_out(tmp_path: Path) -> None:
     _, out = run(tmp_path, config=CONFIG.model_copy(update={"candidates": 5}))
-    assert Counter(c.policy for c in out.accepted + out.rejected) == {"parent": 24, "coached": 16}
+    assert Counter(c.policy for c in out.accepted + out.rejected) == {"parent": 20, "coached": 20}
 
 
 def test_a_killed_run_draws_nothing_twice_and_ends_the_same(tmp_path: Path) -> None:
