@@ -81,9 +81,7 @@ def test_duplicates_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
     assert [(s.source, s.offered, s.distinct) for s in summary.sources] == [("user", 5, 4)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "weights"), [([], {"user": 1.0}), (EXAMPLES, {"internal": 1.0}), (EXAMPLES, {"user": 0.0})]
-)
+@pytest.mark.parametrize(("rows", "weights"), [([], {"user": 1.0}), (EXAMPLES, {"user": 0.0})])
 def test_an_empty_mixture_is_a_clear_error(
     rows: list[Example], weights: dict[str, float], tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,11 @@ class ChatFormat:
                 return ids[:same], ids[same - self.max_prompt_tokens :]
             turns = turns[2:] if len(turns) > 2 else turns[1:]
 
+    def shortest(self, messages: Sequence[ChatMessage]) -> int:
+        """Tokens of the system prompt and the last message alone: above `max_prompt_tokens`, `prompt` cuts into it."""
+        system = tuple(messages[:1]) if len(messages) > 1 and messages[0].role == "system" else ()
+        return len(self._render((*system, *messages[-1:])))
+
     def reply(self, text: str) -> Segment:
         """A reply's tokens, with the end-of-turn token that the model must learn to say."""
         ids = self.tokenizer(self._harmless(text), add_special_tokens=False)["input_ids"]

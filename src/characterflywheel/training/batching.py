@@ -17,10 +17,11 @@ WORTH_SHARING = (
 
 
 def plan(items: Sequence[Sequence[Path]], limit: int = MICRO_BATCH_TOKENS) -> list[list[int]]:
-    """Numbers of the items of each micro-batch, whose forest has at most `limit` rows (one larger item stays alone).
+    """Numbers of the items of each micro-batch, whose forest has at most `limit` rows.
 
-    An item's paths stay together. The longest items come first, so that the first micro-batch meets the peak of memory;
-    each item joins the micro-batch where it adds the fewest rows, since what it shares with others there runs once.
+    An item that is larger alone has a micro-batch with those that lie wholly within it. An item's paths stay together.
+    The longest items come first, so that the first micro-batch meets the peak of memory; each item joins the
+    micro-batch where it adds the fewest rows, since what it shares with others there runs once.
     """
     numbers: dict[Path, int] = {}
     trees = [{numbers.setdefault(key, len(numbers)): size for key, size in _tree(paths).items()} for paths in items]
@@ -30,7 +31,7 @@ def plan(items: Sequence[Sequence[Path]], limit: int = MICRO_BATCH_TOKENS) -> li
     rows: list[int] = []
     for item in sorted(range(len(items)), key=lambda i: (-sizes[i], i)):
         added = [sum(size for key, size in trees[item].items() if key not in forest) for forest in forests]
-        fits = [i for i, more in enumerate(added) if rows[i] + more <= limit]
+        fits = [i for i, more in enumerate(added) if not more or rows[i] + more <= limit]
         best = min(fits, key=lambda i: (added[i], i), default=len(batches))
         if best == len(batches):
             batches.append([])

@@ -15,8 +15,7 @@ from ..pipeline import Work
 from ..progress import Advance
 from ..records import Preference, Record
 from . import losses
-from .learner import Learner, micro_batches, reference_logprobs
-from .sft import write_metrics
+from .learner import Learner, micro_batches, reference_logprobs, write_metrics
 
 
 class DPOSummary(Record):

@@ -1,6 +1,5 @@
 """Supervised fine-tuning on the mixture; only the last reply of each example is learnt (PAPER section 4)."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
 from ..records import Example, Record
-from .learner import Learner, micro_batches
+from .learner import Learner, micro_batches, write_metrics
 from .mixture import SourceShare, mix
 
 
@@ -77,8 +76,3 @@ def train_sft(
 
 def _path(learner: Learner, example: Example) -> TokenPath:
     return (*learner.format.prompt(example.messages[:-1]), learner.format.reply(example.messages[-1].content))
-
-
-def write_metrics(folder: Path, learner: Learner) -> None:
-    """`metrics.jsonl`: one line a step."""
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in learner.log), encoding="utf-8")

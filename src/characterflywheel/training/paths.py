@@ -1,0 +1,120 @@
+"""Examples and preference pairs as token paths: what a learner sees of a conversation (PAPER section 4).
+
+A path is a prompt and a reply to learn. Long histories lose their oldest turns, as when the model serves; what cannot
+be shown even then is dropped and named. Replies longer than the bound are learnt up to it, without their end.
+"""
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Literal, NamedTuple
+
+from ..errors import FlywheelError
+from ..llm.chat_format import ChatFormat
+from ..llm.shared_prefix import Path, Segment
+from ..records import ChatMessage, Dropped, Example, Preference
+
+Learn = Literal["last", "all"]
+Packed = tuple["array[int]", ...]
+
+
+class Lesson(NamedTuple):
+    """The paths of one example or pair, four bytes a token until they are needed; how many of its replies were cut."""
+
+    packed: tuple[Packed, ...]
+    cut: int
+
+    @property
+    def paths(self) -> list[Path]:
+        return [tuple(tuple(segment) for segment in path) for path in self.packed]
+
+    @property
+    def tokens(self) -> int:
+        """Reply tokens, which are learnt."""
+        return sum(len(path[-1]) for path in self.packed)
+
+
+class Tokenised(NamedTuple):
+    """Lessons by the id of their example or pair, and what could not be shown."""
+
+    lessons: dict[str, Lesson]
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def cut(self) -> int:
+        """Replies that were longer than the bound."""
+        return sum(lesson.cut for lesson in self.lessons.values())
+
+
+def open_format(folder: FilePath, max_prompt_tokens: int) -> ChatFormat:
+    """The chat format of a model folder, without its weights."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds
+
+    return ChatFormat(AutoTokenizer.from_pretrained(folder), max_prompt_tokens)
+
+
+def of_examples(form: ChatFormat, examples: Sequence[Example], *, learn: Learn, max_reply_tokens: int) -> Tokenised:
+    """The last reply of every example, or with "all" each assistant message that answers a user.
+
+    A turn whose own message does not fit the window under its system prompt is dropped, and with "last" its example.
+    """
+    lessons, dropped = {}, []
+    for example in examples:
+        last = len(example.messages) - 1
+        turns = range(1, last + 1) if learn == "all" else (last,)
+        paths, cut = [], 0
+        for turn in turns:
+            if learn == "all" and (example.messages[turn].role, example.messages[turn - 1].role) != (
+                "assistant",
+                "user",
+            ):
+                continue
+            prompt = _prompt(form, example.messages[:turn])
+            if isinstance(prompt, str):
+                dropped.append(_dropped(example, "sft", f"message {turn}: {prompt}"))
+                continue
+            reply, was_cut = _reply(form, example.messages[turn], max_reply_tokens)
+            paths.append((*prompt, reply))
+            cut += was_cut
+        if paths:
+            lessons[example.id] = _lesson(paths, cut)
+        elif not dropped or dropped[-1].id != example.id:
+            dropped.append(Dropped(id=example.id, stage="sft", reason="no_reply", prompt_id=example.prompt_id))
+    return Tokenised(lessons, tuple(dropped))
+
+
+def of_pairs(form: ChatFormat, pairs: Sequence[Preference], *, max_reply_tokens: int) -> Tokenised:
+    """Two paths a pair: the chosen reply and the rejected one. A pair whose prompt does not fit is dropped."""
+    lessons, dropped = {}, []
+    for pair in pairs:
+        prompt = _prompt(form, pair.prompt)
+        if isinstance(prompt, str):
+            dropped.append(_dropped(pair, "dpo", prompt))
+            continue
+        replies = [_reply(form, side[-1], max_reply_tokens) for side in (pair.chosen, pair.rejected)]
+        lessons[pair.id] = _lesson([(*prompt, reply) for reply, _ in replies], sum(cut for _, cut in replies))
+    return Tokenised(lessons, tuple(dropped))
+
+
+def _prompt(form: ChatFormat, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment] | str:
+    """The prompt's segments, or why it cannot be shown."""
+    try:
+        prompt = form.prompt(messages)
+    except FlywheelError as error:  # a system prompt that leaves no room
+        return str(error)
+    if sum(map(len, prompt)) == form.max_prompt_tokens and (size := form.shortest(messages)) > form.max_prompt_tokens:
+        return f"{size} tokens with its system prompt, max_prompt_tokens is {form.max_prompt_tokens}"
+    return prompt
+
+
+def _reply(form: ChatFormat, message: ChatMessage, most: int) -> tuple[Segment, bool]:
+    reply = form.reply(message.content)
+    return reply[:most], len(reply) > most
+
+
+def _dropped(row: Example | Preference, stage: str, detail: str) -> Dropped:
+    return Dropped(id=row.id, stage=stage, reason="longer_than_window", detail=detail, prompt_id=row.prompt_id)
+
+
+def _lesson(paths: Sequence[Path], cut: int) -> Lesson:
+    return Lesson(tuple(tuple(array("i", segment) for segment in path) for path in paths), cut)
