@@ -2,7 +2,7 @@
 
 All take natural logarithms. `owner[j]` says which reply token j belongs to; replies are numbered from 0. Every loss is
 a sum divided by totals of the whole step, so micro-batches and processes add up to the same gradient. TRL's trainers
-are the oracle in `tests/training/test_losses.py`; the losses of RL are in `policy_gradient`.
+are the oracle in `tests/training/test_losses_trl.py`; the losses of RL are in `policy_gradient`.
 """
 
 from typing import NamedTuple

@@ -7,7 +7,7 @@ another precision or on weights some steps old. GRPO clips the ratio of the firs
 for the third.
 
 Every loss is a sum divided by a total of the whole step, so micro-batches and processes add up to the same gradient,
-as long as a reply is not cut in two. TRL's `GRPOTrainer` is the oracle in `tests/training/test_policy_gradient.py`.
+as long as a reply is not cut in two. TRL's `GRPOTrainer` is the oracle in `tests/training/test_policy_gradient_trl.py`.
 """
 
 import math
@@ -209,7 +209,8 @@ class GRPO(NamedTuple):
 def grpo(
     logprobs: Tensor, before: Tensor, weights: Tensor, advantage: Tensor, owner: Tensor, *, clip_low: float,
     clip_high: float, total: float, aggregation: Aggregation = "token", ratio_max: float | None = None,
-    reference: Tensor | None = None, kl_weight: float = 0.0, explode: float = LOG_RATIO_MAX,
+    reference: Tensor | None = None, kl_weight: float = 0.0, kl_unbiased: bool = True,
+    explode: float = LOG_RATIO_MAX,
 ) -> GRPO:  # fmt: skip
     """Clipped policy gradient with clip-higher (DAPO, Yu et al. 2025) and importance weights.
 
@@ -219,7 +220,9 @@ def grpo(
     of means over tokens: the first GRPO; "grpo").
 
     `ratio_max` bounds the ratio of tokens with negative advantage, which the clip leaves free (TRL's `delta`,
-    INTELLECT-2). `kl_weight` times the k3 estimate against `reference` is added; the weights do not touch it (as TRL).
+    INTELLECT-2). `kl_weight` times the k3 estimate against `reference` is added, and the importance weights do not
+    touch it (as TRL). With `kl_unbiased` it is multiplied by the ratio, so that its gradient too is that of the KL
+    (DeepSeek-V3.2; TRL's `use_bias_correction_kl`); without, only its value is.
 
     Raises:
         FlywheelError: the learner's log-probabilities are not finite, or moved by more than `explode` within the step.
@@ -242,6 +245,7 @@ def grpo(
         count = count / torch.bincount(owner, minlength=len(advantage))[owner]
     loss, kl = -(count * objective).sum(), None
     if reference is not None:
-        kl = (count * kl_to_reference(logprobs, reference)).sum()
+        estimate = kl_to_reference(logprobs, reference)
+        kl = (count * (estimate * ratio if kl_unbiased else estimate)).sum()
         loss = loss + kl_weight * kl
     return GRPO(loss, beyond.float().mean(), None if kl is None else kl.detach())
