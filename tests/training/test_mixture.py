@@ -51,7 +51,9 @@ def test_the_same_reply_to_the_same_prompt_is_learnt_once() -> None:
     ]  # fmt: skip
     mixture = mix(rows, dict.fromkeys(SOURCES, 1.0), epochs=1, seed=1)
     assert sorted(e.id for e in mixture.examples) == ["example-01", "example-02", "example-04"]
-    assert mixture.dropped == (Dropped(id="example-03", stage="sft", reason="duplicate", prompt_id=rows[0].prompt_id),)
+    assert mixture.dropped == (
+        Dropped(id="example-03", stage="sft", reason="duplicate", detail="of example-01", prompt_id=rows[0].prompt_id),
+    )
     offered = {s.source: (s.offered, s.distinct) for s in mixture.sources}
     assert offered == {"rewrite": (1, 1), "user": (3, 2)}
 
