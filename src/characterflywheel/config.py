@@ -220,9 +220,7 @@ class PolicyConfig(Section):
         None, gt=0, le=1, description="factor on the temperature; 0.6 for a policy with hints, else 1"
     )
     model: str | None = Field(None, description="the model's name on a server")
-    key_env: str = Field(
-        "FLYWHEEL_POOL_KEY", exclude=True, description="environment variable with the server's key"
-    )
+    key_env: str = Field("FLYWHEEL_POOL_KEY", exclude=True, description="environment variable with the server's key")
 
     @model_validator(mode="after")
     def _names_what_its_source_needs(self) -> Self:
@@ -528,6 +526,19 @@ class StyleConfig(Section):
 
     prompts: int = Field(16, ge=1, description="prompts that the checkpoints between the old and the new model answer")
     phrases: tuple[str, ...] = Field((), description="phrases to watch for besides the built-in features")
+    counts: dict[str, str] = Field(
+        {}, description='regular expressions to count in replies, by the feature\'s name, e.g. tildes = "~+"'
+    )
+    rl_windows: int = Field(4, ge=2, description="stretches of steps that RL's own replies are compared over, at most")
+
+    @model_validator(mode="after")
+    def _can_be_measured(self) -> Self:
+        if self.phrases or self.counts:
+            from .style.features import count_features, phrase_features  # noqa: PLC0415 - only where they are asked for
+
+            phrase_features(self.phrases)
+            count_features(self.counts)
+        return self
 
 
 class GateConfig(Section):
@@ -543,6 +554,10 @@ class GateConfig(Section):
     max_steerability_worsening: float = Field(0.05, description="absolute, of following and of violation")
     max_style_drift: float = Field(2.0, description="ratio of a style feature's mean, new to old, either way")
     style_floor: float = Field(0.02, gt=0, description="smaller style means count as this: rare is not drift")
+    style_alarms: Literal["note", "hold"] = Field(
+        "note", description="what a drift alarm of a feature that was also preferred, selected or learnt leads to, "
+        "however small its ratio: a note, or a model that is held"
+    )  # fmt: skip
 
 
 class ExperimentConfig(Section):

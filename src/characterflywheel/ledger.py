@@ -87,7 +87,8 @@ class Steerability(Record):
 class StyleShift(Record):
     """A surface feature's mean, old model to new; `alarm` where it moved more than the gate allows (PAPER section 5).
 
-    `preferred` is chosen minus rejected in the preference pairs: whether the labels themselves lean that way.
+    `preferred` is chosen minus rejected in the preference pairs: whether the labels themselves lean that way. `rides`
+    names the comparisons of what was chosen or learnt that have an alarm in the direction of this shift.
     """
 
     feature: str
@@ -96,6 +97,7 @@ class StyleShift(Record):
     difference: Estimate | None = None
     preferred: Estimate | None = None
     alarm: bool = False
+    rides: tuple[str, ...] = ()
 
 
 class OptimisedPoint(Record):

@@ -98,6 +98,19 @@ def test_steerability_may_not_fall() -> None:
     assert decide(CONFIG, violating).decision == "reject"
 
 
+def test_what_rides_along_with_the_reward_is_told_and_held_where_config_asks() -> None:
+    """A drift of a quarter is within the bound; that annotators preferred it and SFT learnt it is a reason to look."""
+    came = ("rejected to chosen", "own replies to learnt from user")
+    change = StyleChange(old=0.4, new=0.5, alarm=True, rides=came)
+    evidence = GOOD.model_copy(update={"style": {"emojis": change}})
+    told = next(c for c in decide(CONFIG, evidence).criteria if c.name == "style drift, emojis")
+    assert (told.passed, told.note) == (True, f"0.4 to 0.5 (+25.0%); rides along with {', '.join(came)}")
+    strict = CONFIG.model_copy(update={"style_alarms": "hold"})
+    assert decide(strict, evidence).decision == "hold"
+    for harmless in (change.model_copy(update={"alarm": False}), change.model_copy(update={"rides": ()})):
+        assert decide(strict, GOOD.model_copy(update={"style": {"emojis": harmless}})).decision == "ship"
+
+
 def test_style_may_not_vanish_either_but_rarities_may_move() -> None:
     vanished = GOOD.model_copy(update={"style": {"questions": StyleChange(old=0.5, new=0.1)}})
     assert decide(CONFIG, vanished).decision == "hold"

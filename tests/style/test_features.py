@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from characterflywheel.config import StyleConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import ChatMessage
-from characterflywheel.style.features import FEATURES, measure, phrase_features
+from characterflywheel.style import features as features_module
+from characterflywheel.style.features import FEATURES, Feature, count_features, measure, phrase_features
 
 HISTORY = (
     ChatMessage(role="system", content="You are Ada."),
@@ -84,3 +86,22 @@ def test_phrases_are_whole_words() -> None:
     assert measure((), "The season", features) == {"says: sea": 0}
     with pytest.raises(FlywheelError, match="is empty"):
         phrase_features([" "])
+
+
+def test_patterns_are_counted() -> None:
+    """Two tildes in a row are one match of `~+`; a pattern that also matches nothing counts only what it finds."""
+    features = count_features({"tildes": "~+", "sighs": "sigh(s|ed)?", "stars": "[*]*"})
+    assert measure((), "He SIGHED~~ and sighs ~ **so**", features) == {"tildes": 2, "sighs": 2, "stars": 2}
+    assert {feature.kind for feature in features.values()} == {"real"}
+    with pytest.raises(FlywheelError, match=r"'words' is built in \(words\): give another name"):
+        count_features({"words": "x"})
+    with pytest.raises(FlywheelError, match=r"'open': '\(' is no regular expression"):
+        StyleConfig(counts={"open": "("})
+
+
+def test_the_example_of_a_new_feature_in_the_docstring_is_a_feature() -> None:
+    """One line of Python, as the module's docstring shows it."""
+    line = next(line for line in (features_module.__doc__ or "").splitlines() if '"shorter": ' in line)
+    new = eval(f"{{{line}}}", {"Feature": Feature})
+    assert measure(HISTORY, "Old?", new) == {"shorter": 1}
+    assert measure(HISTORY, "Old is the wall, and the sea is older still", new) == {"shorter": 0}

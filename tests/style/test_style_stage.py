@@ -8,10 +8,10 @@ import pytest
 from characterflywheel import tables
 from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Work
-from characterflywheel.records import Candidate, ChatMessage, Preference, Prompt
+from characterflywheel.records import Candidate, ChatMessage, Example, Preference, Prompt, Rollout
 from characterflywheel.style.features import FEATURES
 from characterflywheel.style.monitor import Difference
-from characterflywheel.style.stage import watch_style
+from characterflywheel.style.stage import Learning, by_steps, watch_style
 
 N = 30
 PROMPTS = {
@@ -87,10 +87,85 @@ def test_tables_alarms_and_drift(tmp_path: Path) -> None:
 
 
 def test_same_input_same_bytes_and_phrases_are_watched(tmp_path: Path) -> None:
-    _watch(tmp_path / "a", phrases=("tale",))
-    _watch(tmp_path / "b", phrases=("tale",))
+    for name in "ab":
+        _watch(tmp_path / name, phrases=("tale",), counts={"waves": "🌊+"}, learning=_learning())
     assert (tmp_path / "a/style.parquet").read_bytes() == (tmp_path / "b/style.parquet").read_bytes()
-    assert "says: tale" in {row.feature for row in tables.read(tmp_path / "a/style.parquet", Difference)}
+    rows = {(row.comparison, row.feature): row for row in tables.read(tmp_path / "a/style.parquet", Difference)}
+    assert rows["old to new", "says: tale"].binary
+    waves = rows["old to new", "waves"]
+    assert (waves.first_mean, waves.second_mean, waves.alarm) == (0, pytest.approx(4 / 3), True)
+
+
+def _rollout(step: int, i: int, text: str) -> Rollout:
+    return Rollout(step=step, prompt_id=f"p{i}", text=text, token_ids=(1,), logprobs=(-1.0,), score=0.0, reward=0.0)
+
+
+def _learning(steps: int = 10, per_step: int = 3) -> Learning:
+    """RL takes to waves in its second half; SFT learns from questions, while the model asks none of its own."""
+    rollouts = [
+        _rollout(step, i, "A tale." + " 🌊" * (step > steps / 2) + "." * (reply + i % 3))
+        for step in range(1, steps + 1)
+        for i in range(per_step * (step - 1), per_step * step)
+        for reply in range(2)
+    ]
+    learnt = [
+        Example(
+            id=f"{source}-{i}", prompt_id=f"p{i}" if source == "user" else f"set-{i}",
+            user_id=f"u{i}" if source == "user" else None, character_id=None, source=source,
+            messages=(*PROMPTS[f"p{i}"].messages, *_say("A tale of the sea, would you?" + "." * (i % 2))),
+        )
+        for source in ("user", "safety") for i in range(N)
+    ]  # fmt: skip
+    own = [_candidate(i, "A tale of the sea" + "." * (i % 3)) for i in range(N)]
+    return Learning(own=own, learnt=learnt, rollouts=rollouts, windows=3)
+
+
+def test_what_sft_learnt_and_what_rl_drew_are_compared(tmp_path: Path) -> None:
+    """Of the set of safety nobody knows the user, nor shares it a prompt with the model's own replies: two samples."""
+    summary = _watch(tmp_path / "a", learning=_learning())
+    rows = tables.read(tmp_path / "a" / "style.parquet", Difference)
+    found = {(row.comparison, row.feature): row for row in rows}
+    assert summary.comparisons[2:4] == ("own replies to learnt from safety", "own replies to learnt from user")
+    assert summary.comparisons[-2:] == ("RL steps 1 to 3 to RL steps 4 to 7", "RL steps 1 to 3 to RL steps 8 to 10")
+    assert found["own replies to learnt from user", "questions"].method == "paired"
+    assert found["own replies to learnt from safety", "questions"].method == "welch"
+    late = found["RL steps 1 to 3 to RL steps 8 to 10", "emojis"]
+    assert (late.first_mean, late.second_mean, late.alarm, late.kind, late.n) == (0, 1, True, "rl", 9)
+    assert not found["RL steps 1 to 3 to RL steps 8 to 10", "stage_directions"].alarm
+
+
+def test_what_rides_along_with_the_reward_is_named(tmp_path: Path) -> None:
+    """The new model uses more emoji, and so do the replies that SFT learnt; nobody preferred them."""
+    learning = _learning()
+    waves = [
+        one.model_copy(update={"messages": (*one.messages[:-1], *_say("A tale 🌊" + "." * (i % 3)))})
+        for i, one in enumerate(learning.learnt)
+    ]
+    summary = _watch(tmp_path / "a", learning=learning._replace(learnt=waves))
+    drift = {shift.feature: shift for shift in summary.drift}
+    learnt = ("own replies to learnt from safety", "own replies to learnt from user")
+    assert (drift["emojis"].rides, drift["emojis"].alarm) == (learnt, True)
+    assert "rejected to chosen" not in drift["ends_with_question"].rides  # preferred, and not what the model took to
+
+
+@pytest.mark.parametrize(
+    ("steps", "prompts", "windows", "names"),
+    [
+        (10, 8, 4, ["RL steps 1 to 2", "RL steps 3 to 5", "RL steps 6 to 8", "RL steps 9 to 10"]),
+        (4, 4, 4, ["RL steps 1 to 2", "RL steps 3 to 4"]),
+        (2, 8, 4, ["RL step 1", "RL step 2"]),
+        (3, 4, 4, []),
+        (1, 64, 4, []),
+        (0, 0, 4, []),
+    ],
+)
+def test_stretches_of_rl(steps: int, prompts: int, windows: int, names: list[str]) -> None:
+    """Every step is in one stretch, and a stretch has 8 prompts or there is none."""
+    rollouts = [_rollout(step + 1, i, f"{step}") for step in range(steps) for i in range(prompts)]
+    found = by_steps(rollouts, windows)
+    assert list(found) == names
+    if names:
+        assert [text for replies in found.values() for _, text in replies] == [one.text for one in rollouts]
 
 
 def test_one_checkpoint_has_no_drift(tmp_path: Path) -> None:

@@ -37,10 +37,16 @@ class Change(Record):
 
 
 class StyleChange(Record):
-    """A style feature's mean over the replies of the model in service and of the new one."""
+    """A style feature's mean over the replies of the model in service and of the new one.
+
+    `alarm`: the change is no chance and no trifle. `rides`: comparisons of what was preferred, selected or learnt in
+    which the feature has an alarm in the same direction, so that it rides along with the reward.
+    """
 
     old: float
     new: float
+    alarm: bool = False
+    rides: tuple[str, ...] = ()
 
 
 class Gained(Record):
@@ -237,7 +243,10 @@ def _noise(change: Change, worse: Literal[1, -1]) -> float:
 
 
 def _style(config: GateConfig, evidence: GateEvidence) -> Iterator[Criterion]:
-    """No style feature may multiply. Both means are lifted to `style_floor`: a ratio of rarities says little."""
+    """No style feature may multiply, nor, where config asks, ride along with the reward.
+
+    Both means are lifted to `style_floor`: a ratio of rarities says little.
+    """
     bound, floor = config.max_style_drift, config.style_floor
     if not evidence.style:
         yield _unmeasured("style drift", bound, None)
@@ -246,9 +255,14 @@ def _style(config: GateConfig, evidence: GateEvidence) -> Iterator[Criterion]:
         drift = max(new / old, old / new)
         exact = f"{change.new / change.old - 1:+.1%}" if change.old else "from none"
         told = f"{change.old:.3g} to {change.new:.3g} ({exact})"
+        if drift > bound:
+            told += f": {drift:.2f}-fold, more than {bound:.2g}-fold"
+        if change.alarm and change.rides:
+            told += f"; rides along with {', '.join(change.rides)}"
+        ridden = config.style_alarms == "hold" and change.alarm and bool(change.rides)
         yield Criterion(
-            name=f"style drift, {feature.replace('_', ' ')}", value=new / old, bound=bound, passed=drift <= bound,
-            severity="hold", note=told if drift <= bound else f"{told}: {drift:.2f}-fold, more than {bound:.2g}-fold",
+            name=f"style drift, {feature.replace('_', ' ')}", value=new / old, bound=bound,
+            passed=drift <= bound and not ridden, severity="hold", note=told,
         )  # fmt: skip
 
 

@@ -1,7 +1,15 @@
 """Style features: cheap functions of history and reply that a reward could reward by accident (PAPER section 5).
 
 A feature is binary (contains "I feel") or real (emoji, words, list marks). The list is meant to change as the model
-does: add a line to `FEATURES`, or give `watch_style` phrases to look for.
+does. In code a new one is a line of `FEATURES`, whatever it needs of the history or the reply:
+
+    "shorter": Feature("binary", "is shorter than the user's message", lambda h, r: float(len(r) < len(h[-1].content))),
+
+In a workspace's `flywheel.toml` it is a phrase (binary: whether it is said) or a pattern (real: how often it matches):
+
+    [style]
+    phrases = ["as the sea"]
+    counts = { tildes = "~+", sighs = "sigh(s|ed)?" }
 """
 
 import re
@@ -31,7 +39,7 @@ _SECOND = frozenset(("you", "your", "yours", "yourself", "you're", "you've", "yo
 
 def _count(pattern: str) -> Callable[[History, str], float]:
     search = re.compile(pattern, re.IGNORECASE)
-    return lambda history, reply: float(len(search.findall(reply.replace("’", "'"))))
+    return lambda history, reply: float(sum(bool(m.group()) for m in search.finditer(reply.replace("’", "'"))))
 
 
 def _has(pattern: str) -> Callable[[History, str], float]:
@@ -137,6 +145,23 @@ def phrase_features(phrases: Sequence[str]) -> dict[str, Feature]:
         f"says: {phrase}": Feature("binary", f"says {phrase}", _has(rf"(?<!\w){re.escape(phrase)}(?!\w)"))
         for phrase in phrases
     }
+
+
+def count_features(patterns: Mapping[str, str]) -> dict[str, Feature]:
+    """A real feature for each regular expression by name: how often it matches in the reply, case ignored.
+
+    Raises:
+        FlywheelError: a name is that of a feature of `FEATURES`, or the pattern is none.
+    """
+    found = {}
+    for name, pattern in patterns.items():
+        if name in FEATURES:
+            raise FlywheelError(f"style feature {name!r} is built in ({FEATURES[name].meaning}): give another name.")
+        try:
+            found[name] = Feature("real", f"matches of {pattern}", _count(pattern))
+        except re.error as error:
+            raise FlywheelError(f"style feature {name!r}: {pattern!r} is no regular expression ({error}).") from None
+    return found
 
 
 def measure(history: History, reply: str, features: Mapping[str, Feature] = FEATURES) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Style monitor: does a surface feature ride along with the reward, and does the model's style drift? (PAPER section 5)
 
-Every comparison sets two sides against each other on the same prompts: rejected and chosen, rejected and accepted,
-one checkpoint and the next. Replies are averaged by prompt first, so that a prompt with eight candidates counts
-once; differences are paired by prompt, with intervals clustered by user. Over the features of one comparison the
-false discovery rate is controlled (Benjamini and Hochberg 1995). An alarm needs both a discovery and an effect.
+Every comparison sets two sides against each other: rejected and chosen, rejected and accepted, the model's own replies
+and what SFT learnt, one checkpoint and the next, the beginning of RL and what it drew later. Replies are averaged by
+prompt first, so that a prompt with eight candidates counts once. Where the sides answer the same prompts, differences
+are paired by prompt; where they do not, means are compared as Welch does. Intervals are clustered by user. Over the
+features of one comparison the false discovery rate is controlled (Benjamini and Hochberg 1995), so that where two
+sides do not differ at all, at most a twentieth of such comparisons has a discovery. An alarm needs an effect too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from .features import FEATURES, Feature, measure
 
 FALSE_DISCOVERY_RATE = 0.05
 EFFECT_ALARM = 0.2
-Kind = Literal["pairs", "selection", "checkpoints"]
+Kind = Literal["pairs", "selection", "mixture", "checkpoints", "rl"]
 
 
 class Reply(NamedTuple):
@@ -34,11 +36,12 @@ class Reply(NamedTuple):
 
 
 class Difference(Record):
-    """One feature in one comparison: `difference` is second less first, over `n` prompts that both sides answered.
+    """One feature in one comparison: `difference` is second less first.
 
     `ratio` is second to first, None where the first is 0. `effect` is the difference over the standard deviation of
-    all replies, `q` the p-value adjusted over the comparison's features. `method` is `welch` where the sides share
-    fewer than two prompts.
+    all replies, `q` the p-value adjusted over the comparison's features. `method` is `paired` over the `n` prompts that
+    both sides answered, if these are two or more and half of a side's; else `welch` over all prompts of either, `n`
+    those of the smaller side.
     """
 
     comparison: str
@@ -97,7 +100,7 @@ def compare(kind: Kind, first: Side, second: Side, features: Mapping[str, Featur
     if first.means.shape[1] != len(features) or second.means.shape[1] != len(features):
         raise FlywheelError(f"sides were not measured with these {len(features)} features: measure them again.")
     shared = sorted(set(first.prompts) & set(second.prompts))
-    paired = len(shared) >= 2
+    paired = len(shared) >= max(2, 0.5 * min(len(first.prompts), len(second.prompts)))
     a, b = (_rows(one, shared) if paired else one for one in (first, second))
     rows = [
         _difference(kind, a, b, name, number=number, binary=feature.kind == "binary", paired=paired)
