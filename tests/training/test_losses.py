@@ -1,39 +1,17 @@
-"""Losses against TRL's trainers, against hand-worked examples, and against expectations known exactly."""
+"""Losses of SFT and DPO against hand-worked examples, and their parts against the whole; TRL in `test_losses_trl`."""
 
 import math
-from collections import defaultdict
-from types import SimpleNamespace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from characterflywheel.errors import FlywheelError
 from characterflywheel.training import losses
-
-
-@pytest.fixture(scope="module")
-def trl() -> Any:
-    """TRL's trainer classes, whose loss methods are called on given log-probabilities."""
-    return pytest.importorskip("trl", reason="TRL is the oracle")
-
-
-def ragged(seed: int, replies: int = 6) -> tuple[Tensor, Tensor]:
-    """Which reply each flat token belongs to, and the same as a padded mask (replies, longest)."""
-    lengths = torch.randint(1, 9, (replies,), generator=torch.Generator().manual_seed(seed))
-    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-    return torch.arange(replies).repeat_interleave(lengths), mask
-
-
-def noise(size: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def padded(flat: Tensor, mask: Tensor) -> Tensor:
-    out = torch.zeros(mask.shape)
-    out[mask] = flat
-    return out
-
 
 # Supervised fine-tuning
 
@@ -53,41 +31,6 @@ def test_per_reply_adds_tokens_up() -> None:
 # Direct preference optimisation
 
 
-def test_dpo_equals_trl(trl: Any) -> None:
-    """`DPOTrainer._compute_loss` on a model that returns our token log-probabilities, three pairs of ragged replies."""
-    owner, mask = ragged(1)
-    policy = (-noise(len(owner), 2).abs()).requires_grad_()
-    reference = policy.detach() + noise(len(owner), 3, 0.5)
-    start = torch.zeros(6, 1, dtype=torch.long)  # TRL's masks cover the prompt too: one token here
-
-    def answer(**_: object) -> SimpleNamespace:
-        rest = torch.zeros(mask.shape)
-        return SimpleNamespace(log_probs=padded(policy, mask), entropy=rest, mean_logits=rest, is_top1=rest.bool())
-
-    identity = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x)
-    summed = losses.per_reply(reference, owner, 6)
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=False), accelerator=identity, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0],
-        beta=0.1, use_weighting=False, label_smoothing=0.0, _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-    )  # fmt: skip
-    inputs = {
-        "input_ids": torch.zeros(6, mask.shape[1] + 1, dtype=torch.long),
-        "attention_mask": torch.cat((start + 1, mask.long()), 1), "completion_mask": torch.cat((start, mask.long()), 1),
-        "ref_chosen_logps": summed[:3], "ref_rejected_logps": summed[3:],
-    }  # fmt: skip
-    expected = trl.DPOTrainer._compute_loss(trainer, answer, inputs, False)
-    (wanted,) = torch.autograd.grad(expected, policy)
-    now = losses.per_reply(policy, owner, 6)
-    out = losses.dpo(now[:3], now[3:], summed[:3], summed[3:], 0.1)
-    torch.testing.assert_close(out.loss, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(torch.autograd.grad(out.loss, policy)[0], wanted, atol=1e-6, rtol=0)
-    watched = trainer._metrics["eval"]
-    assert out.margin.item() == pytest.approx(watched["rewards/margins"][0], abs=1e-6)
-    assert out.accuracy.item() == pytest.approx(watched["rewards/accuracies"][0])
-
-
 def test_dpo_by_hand() -> None:
     """beta 0.5. Pair 1: ((-2) - (-4)) - ((-5) - (-3)) = 4, margin 2. Pair 2: (-1) - 1 = -2, margin -1.
 
@@ -103,3 +46,76 @@ def test_dpo_by_hand() -> None:
 def test_dpo_at_the_reference_is_log_two() -> None:
     same = torch.tensor([-3.0, -4.0])
     assert losses.dpo(same, same - 1, same, same - 1, 0.3).loss.item() == pytest.approx(math.log(2))
+
+
+def test_dpo_variants_by_hand() -> None:
+    """The docstring's pair: log ratios 2 and -2 of 2 and 4 tokens, beta 0.5, so a margin of 2."""
+    pair = [torch.tensor([value]) for value in (-4.0, -5.0, -6.0, -3.0)]
+    lengths = torch.tensor([[2, 4]])
+    assert losses.dpo(*pair, 0.5).loss.item() == pytest.approx(0.126928, abs=1e-6)
+    assert losses.dpo(*pair, 0.5, smoothing=0.1).loss.item() == pytest.approx(0.326928, abs=1e-6)
+    normalised = losses.dpo(*pair, 0.5, lengths=lengths, normalise=True)
+    assert normalised.loss.item() == pytest.approx(0.386871, abs=1e-6)
+    with_sft = losses.dpo(*pair, 0.5, lengths=lengths, sft_weight=0.2)
+    assert with_sft.loss.item() == pytest.approx(0.526928, abs=1e-6)
+    for out in (normalised, with_sft):
+        assert [value.item() for value in out[1:]] == [2.0, 1.0, 1.0, -1.0]
+
+
+def test_a_label_that_reviewers_split_on_wants_their_odds() -> None:
+    """With agreement p the loss is least where the margin is log(p / (1 - p)): for 3 of 4, log 3 = 1.0986."""
+    smoothing = losses.label_noise(torch.tensor([0.75]))
+    margin = torch.tensor([math.log(3)], requires_grad=True)
+    zero = torch.zeros(1)
+    losses.dpo(margin, zero, zero, zero, 1.0, smoothing=smoothing).loss.backward()
+    assert margin.grad is not None
+    assert abs(margin.grad.item()) < 1e-6
+
+
+def test_label_noise_by_hand() -> None:
+    """Agreement 2/3: 1/3, and 1/3 x 0.9 + 2/3 x 0.1 = 0.3667 with a base of 0.1; unanimous is the base, a tie 0.5."""
+    shares = torch.tensor([2 / 3, 1.0, 0.5])
+    torch.testing.assert_close(losses.label_noise(shares), torch.tensor([1 / 3, 0.0, 0.5]))
+    torch.testing.assert_close(losses.label_noise(shares, 0.1), torch.tensor([0.366667, 0.1, 0.5]))
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.6, float("nan")])
+def test_impossible_smoothing_is_refused(smoothing: float) -> None:
+    one = torch.zeros(2)
+    with pytest.raises(FlywheelError, match=r"must be in \[0, 0.5\]"):
+        losses.dpo(one, one, one, one, 0.1, smoothing=torch.tensor([0.1, smoothing]))
+
+
+@pytest.mark.parametrize("keywords", [{"normalise": True}, {"sft_weight": 0.1}])
+def test_what_needs_lengths_says_so(keywords: dict[str, Any]) -> None:
+    one = torch.zeros(2)
+    with pytest.raises(FlywheelError, match="need `lengths`"):
+        losses.dpo(one, one, one, one, 0.1, **keywords)
+
+
+# Micro-batches and processes
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_parts_add_up_exactly(seed: int, parts: list[int]) -> None:
+    """Any split of a step's pairs, divided by the step's totals, gives the whole's loss and gradients."""
+    pairs, draw = sum(parts), torch.Generator().manual_seed(seed)
+    values = torch.randn(4, pairs, generator=draw, dtype=torch.float64).requires_grad_()
+    lengths = torch.randint(1, 30, (pairs, 2), generator=draw)
+    noise = torch.rand(pairs, generator=draw, dtype=torch.float64) / 2
+    totals = losses.Totals(pairs, int(lengths[:, 0].sum()))
+
+    def loss(start: int, stop: int, totals: losses.Totals | None) -> Tensor:
+        four = values[:, start:stop]
+        dpo = losses.dpo(
+            *four.unbind(0), 0.3, smoothing=noise[start:stop], lengths=lengths[start:stop], normalise=seed % 2 == 0,
+            sft_weight=0.7, totals=totals,
+        )  # fmt: skip
+        return dpo.loss + losses.sft(four.flatten(), None if totals is None else 4 * pairs)
+
+    whole = loss(0, pairs, None)
+    ends = list(accumulate(parts, initial=0))
+    split = torch.stack([loss(a, b, totals) for a, b in pairwise(ends)]).sum()
+    torch.testing.assert_close(split, whole, atol=1e-12, rtol=1e-12)
+    (wanted,), (got,) = torch.autograd.grad(whole, values), torch.autograd.grad(split, values)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
