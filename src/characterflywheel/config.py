@@ -312,7 +312,27 @@ class SFTConfig(Section):
         description="sets besides traffic and rewrites, `[[sft.extra]]` tables with `source` and `file` (JSON lines "
         "with `messages`, `prompt` and `chosen`, or `prompt` and `completion`); they count by `weights`",
     )
+    learn: Literal["last", "all"] = Field(
+        "last", description="which replies of an example: the last, or every one that answers a user"
+    )
+    max_reply_tokens: int = Field(512, ge=2, description="longer replies are learnt only so far, without their end")
     train_layers: int | None = Field(None, ge=1, description="train only the last so many layers; all if absent")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train adapters of this rank, added to the weights when done; all weights if absent"
+    )
+    micro_batch_tokens: int = Field(
+        1536, ge=1, description="tokens that run at once, prefixes that examples share counted once; bounds memory"
+    )
+    evaluation_share: float = Field(
+        0.1, ge=0, lt=1, description="share of users whose examples are not learnt but tell the evaluation loss"
+    )
+    evaluate_every: int = Field(10, ge=0, description="steps between evaluations; 0: only before and after")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations in a row without a lower loss, with the best weights"
+    )
+    max_loss: float | None = Field(
+        None, gt=0, description="nats a token; a step's loss above it stops the run as diverged"
+    )
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -341,7 +361,29 @@ class DPOConfig(Section):
     learning_rate: float = Field(1e-5, gt=0)
     pairs_per_step: int = Field(6, ge=1)
     max_prompt_tokens: int = Field(192, ge=32)
+    max_reply_tokens: int = Field(512, ge=2, description="longer replies are read only so far, without their end")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="chance that a label is wrong, even where all reviewers agree"
+    )
+    soft_labels: bool = Field(
+        False, description="where reviewers disagreed, count the pair the other way round too, by their share"
+    )
+    length_normalised: bool = Field(False, description="log ratios a token, not summed, so that length does not count")
+    sft_weight: float = Field(
+        0.0, ge=0, description="weight of the chosen replies' own loss, which keeps them from becoming unlikely"
+    )
     train_layers: int | None = Field(None, ge=1)
+    lora_rank: int | None = Field(
+        None, ge=1, description="train adapters of this rank, added to the weights when done; all weights if absent"
+    )
+    micro_batch_tokens: int = Field(
+        1536, ge=1, description="tokens that run at once, prefixes that replies share counted once; bounds memory"
+    )
+    evaluation_pairs: int = Field(
+        24, ge=0, description="most held-out pairs (`annotate.held_out_share`) that tell accuracy and margin"
+    )
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only after the last")
+    max_loss: float | None = Field(None, gt=0, description="a step's loss above it stops the run as diverged")
 
 
 class SamplerConfig(Section):
