@@ -223,8 +223,8 @@ class Rollout(Record):
     when the step began, None where it taught nothing (all replies to the prompt had one reward; online DPO: it was
     neither best nor worst). `score` is the reward model's, `reward` what was learnt from: the score and the weighted
     terms `length`, `repetition` and `style` (None where nobody measured them); `features` are the values behind
-    `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has its group's lowest reward, one that
-    is `cut_off` met `max_tokens`. `advantage` is GRPO's.
+    `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has its group's lowest reward, one
+    that is `cut_off` met `max_tokens`. `advantage` is GRPO's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # engines report NaN at times

@@ -8,7 +8,7 @@ import torch
 from training_fixture import Killed, dies_at, prompt, same_weights
 
 from characterflywheel import tables
-from characterflywheel.config import RLConfig
+from characterflywheel.config import RLAlarmsConfig, RLConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.llm.native import load_model
@@ -19,7 +19,10 @@ from characterflywheel.safety.policy import SafetyPolicy
 from characterflywheel.training import learner
 from characterflywheel.training.rl import RLSummary, choose_prompts, train_rl
 
-CONFIG = RLConfig(steps=24, prompts_per_step=2, group=12, learning_rate=1e-2, temperature=1.0, max_tokens=12)
+UNWATCHED = RLAlarmsConfig(every=0)
+CONFIG = RLConfig(
+    steps=24, prompts_per_step=2, group=12, learning_rate=1e-2, temperature=1.0, max_tokens=12, alarms=UNWATCHED
+)
 FEW = CONFIG.model_copy(update={"steps": 4})
 PROMPTS = [prompt(i) for i in range(4)]
 ANYTHING = SafetyPolicy(classifiers=())
@@ -71,7 +74,7 @@ def test_sampler_and_trainer_stay_close(tiny_folder: Path, tmp_path: Path) -> No
         assert row["weight_mean"] == pytest.approx(1, abs=0.03)
         assert row["effective_share"] > 0.95
         assert 0 < row["entropy"] < math.log(320)
-        assert row["kl"] == 0.0
+        assert "kl" not in row, "not measured is not zero"
 
 
 def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,243 @@
+"""One step of RL: its updates, its line in the log, and the look at whether the policy has gone too far.
+
+See `stage` for the loop around it, `learn` for the update's gradient and `watch` for what a look measures.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import RLConfig
+from ...errors import RewardGone, SamplerGone
+from ...ids import derive_seed
+from ...pipeline import Work, write_atomically
+from ...records import Record, Rollout
+from ..learner import Learner
+from ..parallel import Parallel
+from . import watch
+from .learn import Lesson, Logs, accumulate, mini_batches, read, teach, whole_groups
+from .rewards import Scorer
+from .rollouts import Rollouts, Shelf, StartReply
+
+
+class Stop(Record):
+    """Why training ended early. The model that was kept drew step `kept_step`'s replies: it has learnt from
+    `kept_step` - 1 steps."""
+
+    step: int
+    kept_step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a step needs. `start`: the start's replies by prompt, to those that will be looked at.
+
+    `reference`: the start's weights, None where nothing asks for them.
+    """
+
+    work: Work
+    config: RLConfig
+    learner: Learner
+    rollouts: Rollouts
+    reference: Any | None
+    gold: Scorer | None
+    start: dict[str, list[StartReply]]
+
+    @property
+    def shelf(self) -> Shelf:
+        return self.rollouts.shelf
+
+    @property
+    def parallel(self) -> Parallel:
+        return self.rollouts.shelf.parallel
+
+    def looks_at(self, step: int) -> bool:
+        return watch.looks_at(step, self.config.steps, self.config.alarms.every)
+
+    def file(self, name: str, step: int) -> Path:
+        return self.work.partial / f"{name}-{step:06d}.json"
+
+    def looked(self, until: int) -> list[int]:
+        """The steps up to `until` that are looked at."""
+        return [step for step in range(1, until + 1) if self.looks_at(step)]
+
+    def under_reference(self, lessons: Sequence[Lesson]) -> Logs:
+        with self.rollouts.clock("reference"):
+            return read(
+                self.reference, lessons, self.parallel, temperature=self.config.temperature, device=self.learner.device
+            )
+
+
+def take_update(run: Run, step: int, number: int) -> None:
+    """The update `number` (from 0) of a step: its rollouts, their gradient, the optimiser's step."""
+    config, learner, clock = run.config, run.learner, run.rollouts.clock
+    rollouts = _rollouts(run, step)
+    form = learner.format
+    found = teach(rollouts, [form.prompt(p.messages) for p in run.rollouts.batch(step)], config)
+    parts = mini_batches(found.lessons, config, derive_seed(run.work.seed, "updates", step))
+    part = parts[number]
+    if number == 0:
+        before: Logs = {}
+        for later in parts[1 : config.updates_per_step]:
+            with clock("forward"):
+                before |= read(
+                    learner.model, later, run.parallel, temperature=config.temperature, device=learner.device,
+                    autocast=learner.autocast(),
+                )  # fmt: skip
+    else:
+        before = {i: torch.tensor(r.learner_logprobs) for i, r in enumerate(rollouts) if r.learner_logprobs is not None}
+    if part:
+        anchored = config.kl_weight > 0 or config.algorithm == "online_dpo"
+        reference = run.under_reference(part) if anchored else None
+        update = accumulate(learner, part, config, run.parallel, clock, before=before, reference=reference)
+        own, metrics = update.own, update.metrics()
+    else:
+        own, metrics = Logs(), {"trained_tokens": 0.0}
+    if number == 0:
+        run.rollouts.learnt(step, rollouts, before | own, found.advantage)
+        if run.looks_at(step) and config.alarms.stop:
+            learner.save(weights_of(run, step))
+    with clock("update"):
+        take = learner.update if part else partial(skip_update, learner)
+        take(**metrics, equal_groups=float(found.equal_groups))
+
+
+def _rollouts(run: Run, step: int) -> list[Rollout]:
+    def push() -> None:
+        if run.learner.step:  # the sampler begins with the start's weights
+            run.rollouts.sampler.push(run.learner.model)
+
+    try:
+        return run.rollouts.of(step, push)
+    except (RewardGone, SamplerGone):
+        if not run.parallel.sharded:  # others may not have failed, and shards are written by all together
+            run.learner.save_checkpoint()
+        raise
+
+
+def end_step(run: Run, step: int) -> Stop | None:
+    """Log a step that has made all of its updates, look at it if it is its turn, and say whether to stop."""
+    rollouts = run.shelf.read(f"learnt-{step:06d}", Rollout)
+    updates = run.learner.log[(step - 1) * run.config.updates : step * run.config.updates]
+    metrics = {"step": step} | run.rollouts.metrics(rollouts) | combined(updates, run.config.updates_per_step)
+    stop = None
+    if run.looks_at(step):
+        with run.rollouts.clock("look"):
+            seen = _look(run, step, rollouts, _entropies(run, step))
+        metrics |= seen.metrics()
+        rang = watch.alarms(seen, run.config.alarms)
+        run.shelf.put(f"alarms-{step:06d}", rang)
+        stop = _stop(run, step, rang)
+    if run.parallel.main:
+        write_atomically(run.file("metrics", step), json.dumps(metrics) + "\n")
+        write_atomically(run.file("timing", step), json.dumps({"step": step} | run.rollouts.clock.lap()) + "\n")
+    run.parallel.barrier()
+    return stop
+
+
+def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> watch.Seen:
+    """Set the step's rollouts against the start's replies to the same prompts."""
+    config, form, size = run.config, run.learner.format, run.config.group
+    batch = run.rollouts.batch(step)
+    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+
+    def make() -> list[watch.Look]:
+        under = run.under_reference(whole_groups(rollouts, [form.prompt(p.messages) for p in batch]))
+        kl = [divergence(r, under[i]) for i, r in enumerate(rollouts)]
+        mine = run.parallel.share(list(range(len(batch))))
+        golds = None
+        if run.gold is not None:
+            golds = run.gold.score([batch[i].messages for i in mine], [[r.text for r in groups[i]] for i in mine])
+        looks = []
+        for place, i in enumerate(mine):
+            start = run.start[batch[i].id]
+            looks.append(
+                watch.look(
+                    step, batch[i], kl[i * size : (i + 1) * size], [r.score for r in groups[i]],
+                    [one.score for one in start], golds[place] if golds is not None else None,
+                    [one.gold for one in start if one.gold is not None] if golds is not None else None,
+                )
+            )  # fmt: skip
+        return looks
+
+    run.shelf.kept(f"looks-{step:06d}", watch.Look, make)
+    looks = [one for each in run.looked(step) for one in run.shelf.read(f"looks-{each:06d}", watch.Look)]
+    window = run.looked(step)[-config.alarms.window :]
+    asked = {p.id: p for each in window for p in run.rollouts.batch(each)}
+    replies = [r for each in window for r in run.shelf.read(f"learnt-{each:06d}", Rollout)]
+    drift = watch.style_drift(
+        asked, [(id, one.text) for id in asked for one in run.start[id]], [(r.prompt_id, r.text) for r in replies],
+        f"steps {window[0]} to {window[-1]}",
+    )  # fmt: skip
+    return watch.see(looks, entropies, drift, config.alarms.window)
+
+
+def _stop(run: Run, step: int, rang: Sequence[watch.Alarm]) -> Stop | None:
+    """Whether an alarm ends training; if none does, the weights that drew this step are the last known to be good."""
+    ends = [one for one in rang if one.action == "stop"]
+    before = [each for each in run.looked(step - 1) if weights_of(run, each).exists()]
+    if not ends:
+        if run.parallel.main:
+            for each in before:
+                shutil.rmtree(weights_of(run, each))
+        return None
+    return Stop(step=step, kept_step=max(before, default=1), why="; ".join(one.says for one in ends))
+
+
+def weights_of(run: Run, step: int) -> Path:
+    """Where the weights that drew a step's replies are kept, while it may be that they are the last good ones."""
+    return run.work.partial / f"weights-{step:06d}"
+
+
+def _entropies(run: Run, until: int) -> list[float]:
+    """Of the steps so far that learnt."""
+    size = run.config.updates
+    rows = [combined(run.learner.log[i * size : (i + 1) * size], run.config.updates_per_step) for i in range(until)]
+    return [row["entropy"] for row in rows if "entropy" in row]
+
+
+def divergence(rollout: Rollout, start: torch.Tensor) -> float:
+    """One reply's share in KL(policy || start), nats: the sum of log(policy / start) over its tokens.
+
+    The policy's log-probabilities are the learner's where it read the reply, else the sampler's, less tokens for which
+    an engine reported none. Unbiased; single replies can be negative.
+    """
+    policy = torch.tensor(rollout.learner_logprobs or rollout.logprobs, dtype=torch.float64)
+    return float((policy - start.double()).nansum())
+
+
+def combined(updates: Sequence[Mapping[str, float]], first: int) -> dict[str, float]:
+    """The log of a step's updates in one: means of those that learnt, maxima and sums where that is what they are.
+
+    Entropy is that of the `first` updates, an epoch.
+    """
+    learnt = [row for row in updates if "loss" in row]
+    out = {"learning_rate": updates[-1]["learning_rate"], "equal_groups": updates[0]["equal_groups"]}
+    for name in dict.fromkeys(name for row in learnt for name in row if name not in (*out, "step")):
+        rows = [row for row in updates[:first] if "loss" in row] if name == "entropy" else learnt
+        values = [row[name] for row in rows]
+        if values:
+            out[name] = max(values) if name == "weight_max" else math.fsum(values)
+            if name not in ("weight_max", "trained_tokens", "exploded"):
+                out[name] /= len(values)
+    return out | {"trained_tokens": out.get("trained_tokens", 0.0), "skipped": float(len(updates) - len(learnt))}
+
+
+def skip_update(learner: Learner, **metrics: float) -> None:
+    """Count an optimiser step that had nothing to learn from. Weights and AdamW's state stay as they are: its momentum
+    would move weights without a gradient. The schedule goes on."""
+    rate = float(learner.schedule.get_last_lr()[0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)  # as it is meant here
+        learner.schedule.step()
+    learner.step += 1
+    learner.log.append({"step": learner.step, "learning_rate": rate, **metrics})

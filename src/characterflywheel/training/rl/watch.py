@@ -1,0 +1,194 @@
+"""When RL has gone too far: pure functions from what was logged to alarms (PAPER sections 4, 5 and 8).
+
+Every few steps the policy is looked at: the replies that it drew in that step are set against replies that its start
+drew to the same prompts, with the same sampler, before the first step. A look at step s is at the weights that drew
+its replies, those after s - 1 steps. The last `window` looks are pooled, prompts are the units, and users the clusters
+of every interval.
+
+    kl         KL(policy || start), nats a reply, mean over the newest look's replies, is above its bound
+    entropy    the next token's entropy, mean over the last steps over mean over the first, is below its bound
+    win_rate   the reward model's win rate over the start is above its bound, and its interval above one half
+    gold       the score is up and the gold model's score is down, both intervals clear of 0
+    style      a style feature drifted: a discovery (Benjamini-Hochberg over features) with an effect
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ... import intervals
+from ...config import RLAlarmsConfig
+from ...records import Estimate, Prompt, Record
+from ...style.monitor import FALSE_DISCOVERY_RATE, Difference, Reply, compare, side
+
+AlarmKind = Literal["kl", "entropy", "win_rate", "gold", "style"]
+
+
+class Alarm(Record):
+    """A measure beyond its bound at a look. `low` and `high` are its interval, None where it has none; `n` prompts
+    (entropy: steps on either side). `value` of style is the effect, with the interval of the difference scaled alike.
+    """
+
+    step: int
+    kind: AlarmKind
+    feature: str | None = None
+    value: float
+    bound: float
+    low: float | None
+    high: float | None
+    n: int
+    action: Literal["warn", "stop"]
+    says: str
+
+
+class Look(Record):
+    """One prompt at one look. `win_rate`: share of all pairs of a reply of the policy and one of the start in which the
+    score prefers the policy's, ties one half; `score` and `gold`: mean of the policy's replies less mean of the
+    start's; `kl`: mean over the policy's replies, nats.
+    """
+
+    step: int
+    prompt_id: str
+    user_id: str
+    kl: float
+    win_rate: float
+    score: float
+    gold: float | None
+
+
+class Seen(NamedTuple):
+    """The measures of a look, see the module's text. `gold` is None without a gold model."""
+
+    step: int
+    kl: Estimate
+    entropy_share: Estimate
+    win_rate: Estimate
+    score: Estimate
+    gold: Estimate | None
+    style: Sequence[Difference]
+
+    def metrics(self) -> dict[str, float]:
+        """For the step's line of metrics.jsonl; what has no value is left out."""
+        told = {
+            "kl_to_start": self.kl, "entropy_share": self.entropy_share, "win_rate": self.win_rate,
+            "score_gain": self.score, "gold_gain": self.gold,
+        }  # fmt: skip
+        return {name: one.value for name, one in told.items() if one is not None and one.value is not None}
+
+
+def looks_at(step: int, steps: int, every: int) -> bool:
+    """Whether a step is looked at: each `every`-th, and the last; none if `every` is 0."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def look(
+    step: int, prompt: Prompt, kl: Sequence[float], scores: Sequence[float], start: Sequence[float],
+    gold: Sequence[float] | None = None, start_gold: Sequence[float] | None = None,
+) -> Look:  # fmt: skip
+    """One prompt's look from the values of the policy's replies and the start's.
+
+    By hand: scores 1, 2 against 1: wins 0.5 and 1, win rate 0.75, score gain 1.5 - 1 = 0.5.
+    """
+    mine, theirs = np.asarray(scores)[:, None], np.asarray(start)[None, :]
+    wins = (mine > theirs) + 0.5 * (mine == theirs)
+    gain = None if gold is None or start_gold is None else float(np.mean(gold) - np.mean(start_gold))
+    return Look(
+        step=step, prompt_id=prompt.id, user_id=prompt.user_id, kl=float(np.mean(kl)), win_rate=float(wins.mean()),
+        score=float(mine.mean() - theirs.mean()), gold=gain,
+    )  # fmt: skip
+
+
+def entropy_share(entropies: Sequence[float], window: int) -> Estimate:
+    """Mean entropy of the last steps over that of the first, `window` of each, fewer where they would overlap.
+
+    By hand: 2, 2, 1, 1 with window 4 has two on either side: 0.5.
+    """
+    side = min(window, len(entropies) // 2)
+    if side == 0:
+        return Estimate(value=None, n=0, reason=f"{len(entropies)} steps that learnt, at least two are needed")
+    first, last = np.mean(entropies[:side]), np.mean(entropies[-side:])
+    return Estimate(value=float(last / first), n=side)
+
+
+def see(
+    looks: Sequence[Look], entropies: Sequence[float], style: Sequence[Difference], window: int
+) -> Seen:  # fmt: skip
+    """The measures of the newest look. `looks`: all so far; `entropies`: of all steps so far that learnt."""
+    newest = max(one.step for one in looks)
+    steps = sorted({one.step for one in looks})[-window:]
+    pooled = [one for one in looks if one.step in steps]
+    users = [one.user_id for one in pooled]
+    golds = [one.gold for one in pooled if one.gold is not None]
+    now = [one for one in looks if one.step == newest]
+    return Seen(
+        step=newest,
+        kl=intervals.mean([one.kl for one in now], [one.user_id for one in now]),
+        entropy_share=entropy_share(entropies, window),
+        win_rate=intervals.share([one.win_rate for one in pooled], users),
+        score=intervals.mean([one.score for one in pooled], users),
+        gold=intervals.mean(golds, users) if len(golds) == len(pooled) else None,
+        style=style,
+    )
+
+
+def style_drift(
+    asked: Mapping[str, Prompt], start: Sequence[tuple[str, str]], policy: Sequence[tuple[str, str]], name: str
+) -> list[Difference]:
+    """Every style feature of the policy's replies (prompt id, text) against the start's, paired by prompt."""
+
+    def told(pairs: Sequence[tuple[str, str]]) -> list[Reply]:
+        return [Reply(id, asked[id].user_id, asked[id].messages, text) for id, text in pairs]
+
+    return compare("checkpoints", side("start", told(start)), side(name, told(policy)))
+
+
+def alarms(seen: Seen, config: RLAlarmsConfig) -> list[Alarm]:
+    """Everything beyond its bound at this look."""
+    found: list[Alarm] = []
+
+    def ring(
+        kind: AlarmKind, one: Estimate, bound: float, says: str, feature: str | None = None
+    ) -> None:  # fmt: skip
+        assert one.value is not None
+        action: Literal["warn", "stop"] = "stop" if kind in config.stop else "warn"
+        found.append(
+            Alarm(
+                step=seen.step, kind=kind, feature=feature, value=one.value, bound=bound, low=one.low, high=one.high,
+                n=one.n, action=action, says=says,
+            )
+        )  # fmt: skip
+
+    kl, entropy, wins, score, gold = seen.kl, seen.entropy_share, seen.win_rate, seen.score, seen.gold
+    if kl.value is not None and kl.value > config.kl_max:
+        ring("kl", kl, config.kl_max, f"KL to the start {kl.value:.2f} nats a reply")
+    if entropy.value is not None and entropy.value < config.entropy_min_share:
+        ring("entropy", entropy, config.entropy_min_share, f"entropy {entropy.value:.0%} of the first steps'")
+    if wins.value is not None and wins.low is not None and wins.value > config.win_rate_max and wins.low > 0.5:
+        ring("win_rate", wins, config.win_rate_max, f"the reward prefers {wins.value:.0%} of replies to the start's")
+    if gold is not None and _above(score) and gold.high is not None and gold.high < 0:
+        ring("gold", gold, 0.0, f"score {score.value:+.2f} over the start, gold score {gold.value:+.2f}")
+    for one in seen.style:
+        if one.effect is None or one.q is None or one.difference is None:
+            continue
+        if one.q < FALSE_DISCOVERY_RATE and abs(one.effect) >= config.style_effect:
+            scale = one.effect / one.difference
+            low, high = (None if end is None else end * scale for end in (one.low, one.high))
+            effect = Estimate(value=one.effect, low=low, high=high, n=one.n)
+            says = f"{one.feature} {one.first_mean:.3g} to {one.second_mean:.3g} (q {one.q:.2g})"
+            ring("style", effect, config.style_effect, says, one.feature)
+    return found
+
+
+def onsets(by_look: Sequence[Sequence[Alarm]]) -> list[Alarm]:
+    """Of the alarms of each look in turn, those that did not ring at the look before."""
+    first = list(by_look[0]) if by_look else []
+    for before, now in pairwise(by_look):
+        ringing = {(one.kind, one.feature) for one in before}
+        first += [one for one in now if (one.kind, one.feature) not in ringing]
+    return first
+
+
+def _above(one: Estimate) -> bool:
+    return one.low is not None and one.low > 0
