@@ -17,8 +17,8 @@ model, and the world says what the replies are worth.
 | stale | of people who met the base model | variance | GRPO |
 | pushed | near the policy | variance | GRPO, far too hard: the alarms ought to ring |
 
-The claims: grpo over sft, over online_dpo, over stale (near-policy prompts), over random (selection); the alarms ring on
-every pushed run whose utility falls, before it has fallen for good, and stop no other. An interval is Student's over
+The claims: grpo over sft, over online_dpo, over stale (near-policy prompts), over random (selection); the alarms ring
+on every pushed run whose utility falls, before it has fallen for good, and stop no other. An interval is Student's over
 the seeds; beside it stands each seed's difference, paired by prompt. Learning rates were chosen on seed 0, which is not
 among the five. Everything is kept in `--work`; `--minutes` begins nothing new after so many.
 """
@@ -26,8 +26,9 @@ among the five. Everything is kept in `--work`; `--minutes` begins nothing new a
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ class Arm(NamedTuple):
 
     stale: bool = False
     by: By = "variance"
-    changes: dict[str, object] = {}
+    changes: Mapping[str, object] = MappingProxyType({})
 
 
 RL = RLConfig(
