@@ -1,5 +1,8 @@
 """Advantages, GRPO and importance correction against hand-worked examples; TRL is in `test_policy_gradient_trl.py`."""
 
+from itertools import accumulate, pairwise
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,11 +11,6 @@ from torch import Tensor
 
 from characterflywheel.errors import FlywheelError
 from characterflywheel.training import policy_gradient as pg
-
-
-def noise(size: int, seed: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
-
 
 # Group-relative advantages
 
@@ -64,58 +62,84 @@ def test_grpo_by_hand() -> None:
         assert out.clipped_share.item() == 0.5
 
 
-# Importance correction on policies of which every reply can be listed
+def test_a_batch_scale_by_hand() -> None:
+    """Rewards 0, 2 and 5, 5: centred -1, 1, 0, 0; all four: mean 3, deviation √((9 + 1 + 4 + 4) / 3) = 2.4495."""
+    out = pg.advantages(torch.tensor([[0.0, 2.0], [5.0, 5.0]]), scale="batch")
+    torch.testing.assert_close(out, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]) / 2.4496, atol=1e-5, rtol=0)
 
 
-def policies() -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of a policy over seven actions, the sampler's log-probabilities, near by, and the actions' advantages."""
-    logits = noise(7, 0).double().requires_grad_()
-    sampler = torch.log_softmax(logits.detach() + noise(7, 1, 0.5).double(), -1)
-    return logits, sampler, noise(7, 2).double()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rewards_that_are_not_finite_are_refused(bad: float) -> None:
+    rewards = torch.tensor([[1.0, bad], [0.0, 1.0]])
+    for call in (pg.advantages, pg.best_against_worst):
+        with pytest.raises(FlywheelError, match="1 of 4 rewards are not finite"):
+            call(rewards)
 
 
-def expected_gradient(truncate: float | None) -> tuple[Tensor, Tensor]:
-    """The loss's gradient in expectation over the sampler, by summing over all actions; and the true one."""
-    logits, sampler, advantage = policies()
-    total = torch.zeros(7, dtype=torch.float64)
-    owner = torch.zeros(1, dtype=torch.long)
-    for action in range(7):
-        now = torch.log_softmax(logits, -1)[action : action + 1]
-        weights = pg.importance(now.detach(), sampler[action : action + 1], owner, 1, truncate=truncate).weights
-        out = pg.grpo(
-            now, now.detach(), weights, advantage[action : action + 1], owner, clip_low=0.2, clip_high=0.28, total=1
+# Online DPO's choice
+
+
+def test_best_against_worst_by_hand() -> None:
+    """A clear group; ties at both ends (the first is taken); a gap below the bound, one at it; all equal."""
+    rewards = torch.tensor([[1.0, 3, 2], [4, 0, 4], [1, 1.25, 1.125], [1, 1.5, 1], [5, 5, 5]])
+    assert pg.best_against_worst(rewards) == [(1, 0), (0, 1), (1, 0), (1, 0), None]
+    assert pg.best_against_worst(rewards, 0.5) == [(1, 0), (0, 1), None, (1, 0), None]
+
+
+@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), min_size=1, max_size=4), st.floats(0, 4))
+def test_a_pair_is_the_widest_and_wide_enough(rewards: list[list[float]], gap: float) -> None:
+    for row, pair in zip(rewards, pg.best_against_worst(torch.tensor(rewards), gap), strict=True):
+        width = float(torch.tensor(max(row)) - torch.tensor(min(row)))
+        assert (pair is not None) == (width > 0 and width >= gap)
+        if pair is not None:
+            assert (row[pair.best], row[pair.worst]) == (max(row), min(row))
+
+
+# Micro-batches and processes
+
+
+@given(
+    st.integers(0, 10_000), st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.sampled_from(["token", "sequence", "constant"]), st.sampled_from(["token", "sequence"]),
+)  # fmt: skip
+def test_parts_add_up_exactly(
+    seed: int, parts: list[int], aggregation: pg.Aggregation, level: Literal["token", "sequence"]
+) -> None:
+    """Any split of a step's replies, divided by the step's total, gives the whole's loss, gradients and health."""
+    replies, draw = sum(parts), torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 6, (replies,), generator=draw).tolist()
+    values = torch.randn(4, sum(lengths), generator=draw, dtype=torch.float64) * 0.4
+    now = values[0].clone().requires_grad_()
+    advantage = torch.randn(replies, generator=draw, dtype=torch.float64)
+    total = pg.denominator(lengths, aggregation, 9)
+
+    def part(first: int, last: int) -> tuple[Tensor, pg.Health]:
+        rows = slice(sum(lengths[:first]), sum(lengths[:last]))
+        owner = torch.arange(last - first).repeat_interleave(torch.tensor(lengths[first:last]))
+        weights, health = pg.importance(
+            values[1][rows], values[2][rows], owner, last - first, level=level, truncate=1.5, token_low=0.7,
+            sequence_low=0.3, sequence_high=3.0,
         )  # fmt: skip
-        total += sampler[action].exp() * torch.autograd.grad(out.loss, logits)[0]
-    (true,) = torch.autograd.grad(-(torch.softmax(logits, -1) * advantage).sum(), logits)
-    return total, true
+        out = pg.grpo(
+            now[rows], values[1][rows], weights, advantage[first:last], owner, clip_low=0.2, clip_high=0.28,
+            total=total, aggregation=aggregation, reference=values[3][rows], kl_weight=0.3,
+        )  # fmt: skip
+        return out.loss, health
+
+    whole, health = part(0, replies)
+    several = [part(a, b) for a, b in pairwise(accumulate(parts, initial=0))]
+    split = torch.stack([loss for loss, _ in several]).sum()
+    torch.testing.assert_close(split, whole, atol=1e-12, rtol=1e-12)
+    (wanted,), (got,) = torch.autograd.grad(whole, now), torch.autograd.grad(split, now)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-12)
+    assert pg.merge([h for _, h in several]) == pytest.approx(health)
+    assert sum(pg.denominator([n], aggregation, 9) for n in lengths) == total
 
 
-def test_the_importance_correction_is_unbiased() -> None:
-    """Actions drawn from another policy, yet the gradient of the trained policy's expected reward."""
-    corrected, true = expected_gradient(truncate=None)
-    torch.testing.assert_close(corrected, true, atol=1e-12, rtol=0)
-
-
-def test_truncation_bounds_the_weights_at_the_price_of_bias() -> None:
-    truncated, true = expected_gradient(truncate=1.0)
-    assert (truncated - true).abs().max() > 1e-3
-    assert torch.nn.functional.cosine_similarity(truncated, true, dim=0) > 0.9
-
-
-def test_the_learner_that_diverged_is_named() -> None:
-    owner = torch.zeros(2, dtype=torch.long)
+def test_a_learner_that_diverged_is_named() -> None:
+    owner, fine = torch.zeros(2, dtype=torch.long), torch.zeros(2)
     with pytest.raises(FlywheelError, match="1 of 2 log-probabilities of the learner"):
-        pg.importance(torch.tensor([-1.0, float("nan")]), torch.zeros(2), owner, 1)
-
-
-# Divergence from the reference
-
-
-def test_the_kl_estimate_is_unbiased_and_never_negative() -> None:
-    logits, reference, _ = policies()
-    policy = torch.log_softmax(logits, -1)
-    estimate = pg.kl_to_reference(policy, reference)
-    exact = (policy.exp() * (policy - reference)).sum()
-    torch.testing.assert_close((policy.exp() * estimate).sum(), exact, atol=1e-12, rtol=0)
-    assert estimate.min() >= 0
-    assert pg.kl_to_reference(reference, reference).abs().max() == 0
+        pg.importance(torch.tensor([-1.0, float("nan")]), fine, owner, 1)
+    for now in (11.0, float("nan")):
+        with pytest.raises(FlywheelError, match=r"moved by .* within one step, more than 10"):
+            pg.grpo(torch.tensor([0.0, now]), fine, fine, fine[:1], owner, clip_low=0.2, clip_high=0.2, total=2)
