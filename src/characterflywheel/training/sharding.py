@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from ..errors import FlywheelError
 from ..llm.native import fast_dtype
 from ..llm.shared_prefix import check_family
+from .adapters import plain_weights
 from .parallel import Parallel
 
 FILE_BYTES = 5 * 2**30
@@ -47,13 +48,36 @@ def load_sharded(
     check_family(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    prepare(model)
+    initial = _prepare(model, prepare)
     shard(model, mesh_of(parallel, device), fast_dtype(device))
     model.to_empty(device=device)
     rotary = model.model.rotary_emb  # computed, not stored in files
     model.model.rotary_emb = type(rotary)(config).to(device)
-    _fill(model, folder)
+    _fill(model, folder, initial)
     return model
+
+
+def _prepare(model: Any, prepare: Callable[[Any], None]) -> dict[str, Tensor]:
+    """Prepare a model on the meta device; returns the values of what was added (adapters), which goes there too.
+
+    Adapters are drawn on the device of the weights they stand beside, so these pretend to be on the CPU meanwhile.
+    """
+    weights = {id(p): p for p in model.parameters()}
+    pretence = {i: torch.nn.Parameter(torch.zeros(()).expand(p.shape)) for i, p in weights.items()}
+    _replace(model, pretence)
+    prepare(model)
+    stood = {id(p): weights[i].requires_grad_(p.requires_grad) for i, p in pretence.items()}
+    initial = {name: p.detach() for name, p in model.named_parameters() if id(p) not in stood}
+    added = {id(p): p for p in model.parameters() if id(p) not in stood}
+    _replace(model, stood | {i: torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for i, p in added.items()})
+    return initial
+
+
+def _replace(model: Any, new: dict[int, torch.nn.Parameter]) -> None:
+    """Put `new[id(p)]` in the place of every parameter p."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, new[id(parameter)])
 
 
 def mesh_of(parallel: Parallel, device: str) -> DeviceMesh:
@@ -102,21 +126,28 @@ def _count_as_forward(module: Any, run_as: Callable[..., Any]) -> None:
     register_fsdp_forward_method(module, "run_as")
 
 
-def _fill(model: Any, folder: Path) -> None:
-    """Read this process's rows of every weight."""
+def _fill(model: Any, folder: Path, initial: dict[str, Tensor]) -> None:
+    """Read this process's rows of every weight, from the files or from `initial`."""
     files = _files(folder)
     for name, parameter in model.named_parameters():
-        if name not in files:
-            raise FlywheelError(f"{folder} holds no weight {name!r}: is it the folder of this architecture?")
-        with safe_open(files[name], framework="pt") as file, torch.no_grad():
-            rows = file.get_slice(name)
-            if isinstance(parameter, DTensor):
-                shape, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
-                parameter.to_local().copy_(rows[offset[0] : offset[0] + shape[0]])
-            else:
-                parameter.copy_(rows[:])
+        if name in initial:
+            _copy_rows(parameter, initial[name])
+            continue
+        stored = name.replace(".base_layer.", ".")
+        if stored not in files:
+            raise FlywheelError(f"{folder} holds no weight {stored!r}: is it the folder of this architecture?")
+        with safe_open(files[stored], framework="pt") as file:
+            _copy_rows(parameter, file.get_slice(stored))
+
+
+@torch.no_grad()
+def _copy_rows(parameter: Tensor, rows: Any) -> None:
+    """Copy what this process holds of a weight; `rows[a:b]` reads rows of the whole."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(rows[:])
+        return
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    parameter.to_local().copy_(rows[offset[0] : offset[0] + shape[0]])
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -136,8 +167,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The plain model's weights put together, adapters added, one at a time; all processes have to go to the end."""
+    for name, weight in plain_weights(model):
+        yield name, whole(weight)
+
+
 def whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every weight put together, one at a time; all processes have to go through to the end."""
+    """Every weight as it is trained, put together, one at a time; all processes have to go to the end."""
     for name, parameter in model.named_parameters():
         yield name, whole(parameter.detach())
 
