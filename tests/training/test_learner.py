@@ -14,7 +14,7 @@ from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.shared_prefix import Path as TokenPath
 from characterflywheel.llm.shared_prefix import reply_logprobs
 from characterflywheel.training import learner as learning
-from characterflywheel.training.learner import MICRO_BATCH_TOKENS, Learner, micro_batches, reference_logprobs
+from characterflywheel.training.learner import MICRO_BATCH_TOKENS, Learner, micro_batches, reply_sums
 from characterflywheel.training.losses import per_reply
 from tiny_model import asks
 
@@ -178,9 +178,9 @@ def test_a_saved_model_is_the_trained_one_in_float32(tiny_folder: Path, tmp_path
     assert tokenizer("the sea")["input_ids"] == mine.tokenizer("the sea")["input_ids"]
 
 
-def test_reference_logprobs_are_sums_without_gradient(tiny_folder: Path) -> None:
+def test_reply_sums_have_no_gradient(tiny_folder: Path) -> None:
     mine = learner(tiny_folder)
-    (sums,) = reference_logprobs(mine, [paths(mine)])
+    sums = reply_sums(mine, paths(mine))
     with mine.autocast():
         tokens = reply_logprobs(mine.model, paths(mine))
     assert torch.equal(sums, per_reply(tokens.logprobs, tokens.path, 2).detach())

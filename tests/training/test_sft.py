@@ -16,8 +16,8 @@ from tiny_model import tiny_tokenizer
 
 REPLIES = ("the sea is cold.", "tea, and stars!", "no", "ask me tomorrow")
 EXAMPLES = [example(i, text) for i, text in enumerate(REPLIES)]
-CONFIG = SFTConfig(epochs=30, examples_per_step=4, learning_rate=1e-2)
-SHORT = SFTConfig(epochs=6, examples_per_step=4, learning_rate=1e-2)
+CONFIG = SFTConfig(evaluation_share=0, epochs=30, examples_per_step=4, learning_rate=1e-2)
+SHORT = SFTConfig(evaluation_share=0, epochs=6, examples_per_step=4, learning_rate=1e-2)
 
 
 def train(folder: Path, parent: Path, config: SFTConfig = CONFIG, rows: list[Example] = EXAMPLES, **more: object):  # type: ignore[no-untyped-def]
@@ -44,7 +44,7 @@ def test_overfitting_learns_the_replies_by_heart(tiny_folder: Path, tmp_path: Pa
 
 def test_only_the_last_reply_is_learnt(tiny_folder: Path, tmp_path: Path) -> None:
     """Trained tokens are those of the replies and their end tokens, not of the prompts; loss is their mean."""
-    summary = train(tmp_path, tiny_folder, SFTConfig(epochs=1, examples_per_step=4))
+    summary = train(tmp_path, tiny_folder, SFTConfig(evaluation_share=0, epochs=1, examples_per_step=4))
     tokenizer = tiny_tokenizer()
     assert summary.trained_tokens == sum(len(tokenizer(text)["input_ids"]) + 1 for text in REPLIES)
 
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 
 
 def test_the_order_of_examples_does_not_matter_but_the_seed_does(tiny_folder: Path, tmp_path: Path) -> None:
-    config = SFTConfig(epochs=2, examples_per_step=2, learning_rate=1e-3)
+    config = SFTConfig(evaluation_share=0, epochs=2, examples_per_step=2, learning_rate=1e-3)
     train(tmp_path / "a", tiny_folder, config)
     train(tmp_path / "b", tiny_folder, config, EXAMPLES[::-1])
     train_sft(Work(tmp_path / "c", 99), config, tiny_folder, EXAMPLES, threads=1)
@@ -76,7 +76,7 @@ def test_the_order_of_examples_does_not_matter_but_the_seed_does(tiny_folder: Pa
 
 def test_duplicates_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
     twice = [*EXAMPLES, example(9, REPLIES[0], asked=0)]
-    summary: TrainingSummary = train(tmp_path, tiny_folder, SFTConfig(epochs=1), twice)
+    summary: TrainingSummary = train(tmp_path, tiny_folder, SFTConfig(evaluation_share=0, epochs=1), twice)
     assert (summary.duplicates, summary.examples) == (1, 4)
     assert [(s.source, s.offered, s.distinct) for s in summary.sources] == [("user", 5, 4)]
 
@@ -86,5 +86,5 @@ def test_an_empty_mixture_is_a_clear_error(
     rows: list[Example], weights: dict[str, float], tiny_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FlywheelError, match=f"no example to learn from: {len(rows)} offered"):
-        train(tmp_path, tiny_folder, SFTConfig(weights=weights), rows)
+        train(tmp_path, tiny_folder, SFTConfig(evaluation_share=0, weights=weights), rows)
     assert not (tmp_path / "model").exists()

@@ -1,11 +1,19 @@
-"""Direct preference optimisation on a small set: an off-policy, local patch (PAPER section 4)."""
+"""Direct preference optimisation on a small set: an off-policy, local patch (PAPER section 4).
 
+The reference is the model that training starts from. Its log-probabilities are computed once, in the micro-batches
+that the policy will run in, so that rounding cancels and the first margin is 0. A pair's prompt runs once.
+"""
+
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from .. import intervals, tables
 from ..config import DPOConfig
 from ..errors import FlywheelError
 from ..ids import derive_seed
@@ -13,13 +21,21 @@ from ..llm.shared_prefix import Path as TokenPath
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Preference, Record
+from ..records import Dropped, Estimate, Preference, Record
 from . import losses
-from .learner import Learner, micro_batches, reference_logprobs, write_metrics
+from .batching import plan, share_prefixes
+from .learner import CHECKPOINT_SECONDS, Learner, reply_sums, save_atomically, write_metrics
+from .parallel import Parallel
+from .paths import Tokenised, of_pairs, open_format
 
 
 class DPOSummary(Record):
-    """What DPO did; accuracy is how often the implicit reward ranks a pair of the last step right, before that step."""
+    """What DPO did; accuracy is how often the implicit reward ranks a pair of the last step right, before that step.
+
+    `evaluation_accuracy` (a tie is one half) and `evaluation_margin` (beta times the difference of log ratios) are of
+    held-out pairs after training, with intervals by user; the margin before it is 0 by construction. `cut_replies`
+    were longer than `max_reply_tokens` and read up to it; the prompts of `too_long` pairs did not fit the window.
+    """
 
     steps: int
     pairs: int
@@ -27,63 +43,69 @@ class DPOSummary(Record):
     first_loss: float
     last_loss: float
     last_accuracy: float
+    evaluation_accuracy: Estimate = Estimate(value=None, n=0, reason="not measured")
+    evaluation_margin: Estimate = Estimate(value=None, n=0, reason="not measured")
+    cut_replies: int = 0
+    too_long: int = 0
 
     def line(self) -> str:
-        return (
+        said = (
             f"{self.steps} steps on {self.pairs} pairs, loss {self.first_loss:.3f} to {self.last_loss:.3f}, "
             f"{self.last_accuracy:.0%} of the last step's pairs ranked right"
         )
+        held = self.evaluation_accuracy
+        return said if held.value is None else f"{said}, {held.value:.0%} of {held.n} held out"
 
 
 def train_dpo(
     work: Work, config: DPOConfig, parent: Path, preferences: Sequence[Preference], *, threads: int,
-    device: str = "cpu", on_progress: Advance = lambda done, total: None,
+    device: str = "cpu", parallel: Parallel | None = None, gradient_checkpointing: bool = False,
+    on_progress: Advance = lambda done, total: None,
 ) -> DPOSummary:  # fmt: skip
-    """Train on the pairs that reviewers agreed on most, `config.pairs` of them; held-out pairs are never used.
+    """Train on the pairs that reviewers agreed on most, `config.pairs` of them; held-out pairs only evaluate.
 
-    The reference log-probabilities are computed once, before the first step; a pair's prompt runs once for both
-    replies. Writes `model/` and `metrics.jsonl`.
+    Writes `model/`, `metrics.jsonl` and `dropped.parquet` (Dropped).
+
+    Raises:
+        FlywheelError: no pair to learn from, or the loss diverged.
     """
-    usable = [p for p in preferences if not p.held_out]
-    pairs = choose_pairs(usable, config.pairs, work.seed)
+    form = open_format(parent, config.max_prompt_tokens)
+    seen = of_pairs(form, [p for p in preferences if p.label > 0.5], max_reply_tokens=config.max_reply_tokens)
+    usable = [p for p in preferences if p.id in seen.lessons]
+    pairs = choose_pairs([p for p in usable if not p.held_out], config.pairs, work.seed)
+    held = choose_pairs([p for p in usable if p.held_out], config.evaluation_pairs, work.seed)
     if not pairs:
         raise FlywheelError(f"none of {len(preferences)} preference pairs is for training: annotate more prompts.")
-    batches = [pairs[i : i + config.pairs_per_step] for i in range(0, len(pairs), config.pairs_per_step)]
-    # The reference is the parent even when a checkpoint resumes, so it is computed before the learner is.
-    reference_file = work.partial / "reference.pt"
-    if not reference_file.exists():
-        fresh = _learner(config, parent, len(batches), threads, device, None)
-        sums = reference_logprobs(fresh, [_paths(fresh, pair) for pair in pairs])
-        writing = reference_file.with_suffix(".writing")
-        torch.save(torch.stack(sums), writing)
-        writing.replace(reference_file)
-        del fresh
-    reference = torch.load(reference_file, weights_only=True)
-    place = {pair.id: row for pair, row in zip(pairs, reference, strict=True)}
-    learner = _learner(config, parent, len(batches), threads, device, work.partial)
+    size = config.pairs_per_step
+    batches = [_batch(pairs[i : i + size], seen, config) for i in range(0, len(pairs), size)]
+    evaluation = _batch(held, seen, config)
+    learner = Learner(
+        parent, learning_rate=config.learning_rate, steps=len(batches), max_prompt_tokens=config.max_prompt_tokens,
+        threads=threads, device=device, train_layers=config.train_layers, lora_rank=config.lora_rank,
+        gradient_checkpointing=gradient_checkpointing, max_loss=config.max_loss, partial=work.partial,
+        parallel=parallel,
+    )  # fmt: skip
+    *references, of_evaluation = reference_sums(work, learner, [*batches, evaluation])
     for step in learner.remaining_steps():
-        batch = batches[step]
-        loss_sum = right = tokens = 0.0
-        for group in micro_batches([(pair, _paths(learner, pair)) for pair in batch]):
-            paths = [path for _, both in group for path in both]
-            with learner.autocast():
-                logprobs = reply_logprobs(learner.model, paths, device=device)
-            sums_now = losses.per_reply(logprobs.logprobs, logprobs.path, len(paths)).view(-1, 2)
-            before = torch.stack([place[pair.id] for pair, _ in group])
-            out = losses.dpo(sums_now[:, 0], sums_now[:, 1], before[:, 0], before[:, 1], config.beta)
-            (out.loss * len(group) / len(batch)).backward()  # type: ignore[no-untyped-call]
-            loss_sum += out.loss.item() * len(group)
-            right += out.accuracy.item() * len(group)
-            tokens += len(logprobs.path)
-        learner.update(loss=loss_sum / len(batch), accuracy=right / len(batch), tokens=tokens)
+        learner.update(**accumulate(learner, batches[step], references[step], config))
+        if (config.evaluate_every and (step + 1) % config.evaluate_every == 0) or step + 1 == len(batches):
+            _evaluate(learner, evaluation, of_evaluation, config)
         on_progress(step + 1, len(batches))
+    margins = _margins(learner, evaluation, of_evaluation, config).tolist()
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
-    first, last = learner.log[0], learner.log[-1]
+    if learner.parallel.main:
+        tables.write(work.folder / "dropped.parquet", Dropped, seen.dropped)
+    first, last, users = learner.log[0], learner.log[-1], [p.user_id for p in held]
+    missing = "evaluation_pairs is 0" if not config.evaluation_pairs else "no pair is held out"
+    none = Estimate(value=None, n=0, reason=missing)
+    chosen = {p.id for p in (*pairs, *held)}
     return DPOSummary(
         steps=len(batches), pairs=len(pairs), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
-        first_loss=first["loss"], last_loss=last["loss"], 
-        last_accuracy=last["accuracy"],
+        first_loss=first["loss"], last_loss=last["loss"], last_accuracy=last["accuracy"],
+        cut_replies=sum(seen.lessons[name].cut for name in chosen), too_long=len(seen.dropped),
+        evaluation_accuracy=intervals.share([0.5 if m == 0 else float(m > 0) for m in margins], users) if held else none,
+        evaluation_margin=intervals.mean(margins, users) if held else none,
     )  # fmt: skip
 
 
@@ -99,13 +121,93 @@ def choose_pairs(pairs: Sequence[Preference], count: int, seed: int) -> list[Pre
     return [ordered[i] for i in order[:count]]
 
 
-def _learner(config: DPOConfig, parent: Path, steps: int, threads: int, device: str, partial: Path | None) -> Learner:
-    return Learner(
-        parent, learning_rate=config.learning_rate, steps=steps, max_prompt_tokens=config.max_prompt_tokens,
-        threads=threads, device=device, train_layers=config.train_layers, partial=partial,
+class Batch(NamedTuple):
+    """The pairs of a step: two paths each, how likely each label is wrong, and which pairs run together.
+
+    `lengths`: (pairs, 2), tokens of the chosen and of the rejected reply.
+    """
+
+    paths: list[list[TokenPath]]
+    noise: Tensor
+    lengths: Tensor
+    together: list[list[int]]
+
+
+def _batch(pairs: Sequence[Preference], seen: Tokenised, config: DPOConfig) -> Batch:
+    flat = share_prefixes([path for pair in pairs for path in seen.lessons[pair.id].paths])
+    paths = [flat[i : i + 2] for i in range(0, len(flat), 2)]
+    agreement = torch.tensor([pair.label if config.soft_labels else 1.0 for pair in pairs])
+    lengths = torch.tensor([[len(path[-1]) for path in both] for both in paths]).view(-1, 2)
+    return Batch(
+        paths, losses.label_noise(agreement, config.label_smoothing), lengths, plan(paths, config.micro_batch_tokens)
+    )
+
+
+def reference_sums(work: Work, learner: Learner, batches: Sequence[Batch]) -> list[Tensor]:
+    """Summed reply log-probabilities (pairs, 2) of each batch under the parent, which `learner` is before its steps.
+
+    They are kept as they come, so a killed run computes none twice for more than a minute; a learner that has taken
+    steps finds them all.
+    """
+    file = work.partial / "reference.pt"
+    done: list[Tensor] = torch.load(file, weights_only=True) if file.exists() else []
+    kept = time.monotonic()
+    for number in range(len(done), len(batches)):
+        done.append(_sums(learner, batches[number]))
+        if learner.parallel.main and (number + 1 == len(batches) or time.monotonic() - kept > CHECKPOINT_SECONDS):
+            save_atomically(done, file)
+            kept = time.monotonic()
+    return done
+
+
+def _sums(learner: Learner, batch: Batch) -> Tensor:
+    """Summed reply log-probabilities (pairs, 2) under the model as it is."""
+    found: list[tuple[int, Tensor]] = []
+    for turn in learner.parallel.turns(batch.together):
+        sums = reply_sums(learner, [path for i in turn.batch for path in batch.paths[i]]).view(-1, 2).cpu()
+        if turn.counts:
+            found += zip(turn.batch, sums, strict=True)
+    rows = [row for _, row in sorted(learner.parallel.gather(found), key=lambda pair: pair[0])]
+    return torch.stack(rows) if rows else torch.zeros(0, 2)
+
+
+def accumulate(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> dict[str, float]:
+    """Add the gradient of one step's mean loss over its pairs, in micro-batches; what the step logs."""
+    totals = losses.Totals(len(batch.paths), int(batch.lengths[:, 0].sum()))
+    sums = dict.fromkeys(("loss", "accuracy", "margin", "chosen", "rejected"), 0.0)
+    for turn in learner.parallel.turns(batch.together):
+        paths = [path for i in turn.batch for path in batch.paths[i]]
+        with learner.autocast():
+            now = reply_logprobs(learner.model, paths, device=learner.device)
+        policy = losses.per_reply(now.logprobs, now.path, len(paths)).view(-1, 2)
+        before, noise, lengths = (
+            values[turn.batch].to(learner.device) for values in (reference, batch.noise, batch.lengths)
+        )
+        out = losses.dpo(
+            policy[:, 0], policy[:, 1], before[:, 0], before[:, 1], config.beta, smoothing=noise, lengths=lengths,
+            normalise=config.length_normalised, sft_weight=config.sft_weight, totals=totals,
+        )  # fmt: skip
+        (out.loss * float(turn.counts)).backward()  # type: ignore[no-untyped-call]
+        if turn.counts:
+            sums["loss"] += out.loss.item()
+            for name in ("accuracy", "margin", "chosen", "rejected"):
+                sums[name] += getattr(out, name).item() * len(turn.batch) / totals.pairs
+    learner.parallel.reduce_gradients(learner.parameters)
+    return {name: learner.parallel.sum(value) for name, value in sums.items()} | {"tokens": int(batch.lengths.sum())}
+
+
+def _margins(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> Tensor:
+    """The margin of every pair of a batch now: (pairs,)."""
+    return config.beta * ((_sums(learner, batch) - reference) @ torch.tensor([1.0, -1.0]))
+
+
+def _evaluate(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> None:
+    """Log loss (sigmoid, with the labels' noise), accuracy and margin of the held-out pairs, if any."""
+    if not batch.paths:
+        return
+    sums = _sums(learner, batch)
+    out = losses.dpo(
+        sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], config.beta, smoothing=batch.noise,
+        lengths=batch.lengths, normalise=config.length_normalised,
     )  # fmt: skip
-
-
-def _paths(learner: Learner, pair: Preference) -> list[TokenPath]:
-    prompt = learner.format.prompt(pair.prompt)
-    return [(*prompt, learner.format.reply(side[-1].content)) for side in (pair.chosen, pair.rejected)]
+    learner.evaluated(out.loss.item(), evaluation_accuracy=out.accuracy.item(), evaluation_margin=out.margin.item())

@@ -22,8 +22,10 @@ from ..llm.as_forward import checkpoint_layers
 from ..llm.chat_format import ChatFormat
 from ..llm.native import fast_dtype, load_model
 from ..llm.shared_prefix import Path as TokenPath
+from ..llm.shared_prefix import reply_logprobs
 from . import adapters
 from .batching import MICRO_BATCH_TOKENS
+from .losses import per_reply
 from .parallel import Parallel
 
 T = TypeVar("T")
@@ -162,19 +164,19 @@ class Learner:
             self.best = [p.detach().to("cpu", copy=True) for p in self.parameters]
         self.evaluations.append({"step": self.step, "evaluation_loss": loss, **more})
 
-    def best_evaluation(self) -> dict[str, float]:
-        """The first of the evaluations with the lowest loss; there must be one."""
-        return min(self.evaluations, key=lambda row: row["evaluation_loss"])
-
     def evaluations_since_best(self) -> int:
-        """How many evaluations in a row did not improve on the best."""
-        return len(self.evaluations) - 1 - self.evaluations.index(self.best_evaluation()) if self.evaluations else 0
+        """How many of the last evaluations in a row did not improve on the one before them."""
+        losses = [row["evaluation_loss"] for row in self.evaluations]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
     @torch.no_grad()
-    def return_to_best(self) -> None:
-        """Put the weights kept by `evaluated` back."""
-        for parameter, value in zip(self.parameters, self.best or self.parameters, strict=True):
+    def return_to_best(self) -> int:
+        """Put the weights kept by `evaluated` back, where any are; the number of the step that the weights are of."""
+        if self.best is None:
+            return self.step
+        for parameter, value in zip(self.parameters, self.best, strict=True):
             parameter.copy_(value)
+        return int(min(self.evaluations, key=lambda row: row["evaluation_loss"])["step"])
 
     @property
     def _checkpoint(self) -> Path | None:
@@ -198,12 +200,7 @@ class Learner:
         else:
             state |= {"parameters": [p.detach() for p in self.parameters], "optimiser": self.optimiser.state_dict()}
         if self.parallel.main:
-            temporary = self._checkpoint.with_suffix(".writing")
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._checkpoint)
+            save_atomically(state, self._checkpoint)
             for old in self._checkpoint.parent.glob("shards-*"):
                 if old != shards:
                     shutil.rmtree(old)
@@ -252,6 +249,16 @@ class Learner:
         self.parallel.barrier()
 
 
+def save_atomically(value: Any, path: Path) -> None:
+    """Write tensors so that a reader sees the old file or the new, even after a power cut."""
+    temporary = path.with_suffix(".writing")
+    with temporary.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def write_metrics(folder: Path, learner: Learner) -> None:
     """`metrics.jsonl`: one line a step and one an evaluation, in the order they happened."""
     rows = sorted([*learner.log, *learner.evaluations], key=lambda row: row["step"])
@@ -283,14 +290,9 @@ def _freeze_below(model: Any, train_layers: int) -> None:
     model.model.norm.weight.requires_grad_(True)
 
 
-def reference_logprobs(learner: Learner, batches: Sequence[Sequence[TokenPath]]) -> list[Tensor]:
-    """Summed reply log-probabilities of each batch's paths under the model as it is now, without gradient."""
-    from ..llm.shared_prefix import reply_logprobs  # noqa: PLC0415
-    from .losses import per_reply  # noqa: PLC0415
-
-    sums = []
-    with torch.no_grad(), learner.autocast():
-        for paths in batches:
-            tokens = reply_logprobs(learner.model, paths, device=learner.device)
-            sums.append(per_reply(tokens.logprobs, tokens.path, len(paths)))
-    return sums
+@torch.no_grad()
+def reply_sums(learner: Learner, paths: Sequence[TokenPath]) -> Tensor:
+    """Summed log-probability of every path's reply under the model as it is now, without gradient: (paths,)."""
+    with learner.autocast():
+        tokens = reply_logprobs(learner.model, paths, device=learner.device)
+    return per_reply(tokens.logprobs, tokens.path, len(paths))

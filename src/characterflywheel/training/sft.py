@@ -1,22 +1,49 @@
-"""Supervised fine-tuning on the mixture; only the last reply of each example is learnt (PAPER section 4)."""
+"""Supervised fine-tuning on the mixture; only replies are learnt, by default the last one (PAPER section 4).
+
+A share of users is held out, and the loss on their examples is measured before, during and after. Where it no longer
+falls, training can stop early and go back to the best weights.
+"""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from .. import intervals, tables
 from ..config import SFTConfig
 from ..errors import FlywheelError
-from ..llm.shared_prefix import Path as TokenPath
+from ..ids import derive_seed
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Example, Record
-from .learner import Learner, micro_batches, write_metrics
+from ..records import Dropped, Estimate, Example, Record
+from . import losses
+from .batching import plan, share_prefixes
+from .learner import Learner, save_atomically, write_metrics
 from .mixture import SourceShare, mix
+from .parallel import Parallel
+from .paths import Lesson, of_examples, open_format
+
+
+class SourceLoss(Record):
+    """Loss in nats a reply token on a source's held-out examples, before and after; intervals are by user."""
+
+    source: str
+    examples: int
+    before: Estimate
+    after: Estimate
 
 
 class TrainingSummary(Record):
-    """What a training stage did: steps, what it learnt from, its loss at the start and the end."""
+    """What a training stage did: steps, what it learnt from, its loss at the start and the end.
+
+    `steps` were taken of `planned_steps`; the weights are those after `kept_step`, which is earlier after an early
+    stop. `evaluation` is of all sources together ("all") and of each; without it, `not_evaluated` says why.
+    `cut_replies` were longer than `max_reply_tokens` and learnt up to it; `too_long` turns did not fit the window.
+    """
 
     steps: int
     examples: int
@@ -25,54 +52,187 @@ class TrainingSummary(Record):
     last_loss: float
     sources: tuple[SourceShare, ...] = ()
     duplicates: int = 0
+    planned_steps: int = 0
+    kept_step: int = 0
+    evaluation: tuple[SourceLoss, ...] = ()
+    not_evaluated: str | None = None
+    cut_replies: int = 0
+    too_long: int = 0
 
     def line(self) -> str:
-        return f"{self.steps} steps on {self.examples} examples, loss {self.first_loss:.3f} to {self.last_loss:.3f}"
+        said = f"{self.steps} steps on {self.examples} examples, loss {self.first_loss:.3f} to {self.last_loss:.3f}"
+        if self.evaluation:
+            every = self.evaluation[0]
+            said += f"; held out {every.before.value:.3f} to {every.after.value:.3f} (n = {every.examples})"
+        return said if self.steps == self.planned_steps else f"{said}; stopped early of {self.planned_steps}"
 
 
 def train_sft(
     work: Work, config: SFTConfig, parent: Path, examples: Sequence[Example], *, threads: int, device: str = "cpu",
+    parallel: Parallel | None = None, gradient_checkpointing: bool = False,
     on_progress: Advance = lambda done, total: None,
 ) -> TrainingSummary:  # fmt: skip
-    """Fine-tune the model folder `parent`; writes `model/` and `metrics.jsonl` into the work folder.
+    """Fine-tune the model folder `parent`; writes `model/`, `metrics.jsonl` and `dropped.parquet` (Dropped).
 
     Raises:
         FlywheelError: the mixture is empty, or the loss diverged.
     """
-    mixture = mix(examples, config.weights, config.epochs, work.seed)
+    split = hold_out(examples, config.evaluation_share, work.seed)
+    form = open_format(parent, config.max_prompt_tokens)
+    seen = of_examples(form, [*split.learnt, *split.held], learn=config.learn, max_reply_tokens=config.max_reply_tokens)
+    mixture = mix([e for e in split.learnt if e.id in seen.lessons], config.weights, config.epochs, work.seed)
     if not mixture.examples:
         raise FlywheelError(f"no example to learn from: {len(examples)} offered, weights {config.weights}.")
     batches = [
-        mixture.examples[i : i + config.examples_per_step]
+        [seen.lessons[example.id] for example in mixture.examples[i : i + config.examples_per_step]]
         for i in range(0, len(mixture.examples), config.examples_per_step)
     ]
+    held = HeldOut([e for e in split.held if e.id in seen.lessons], seen.lessons, config.micro_batch_tokens)
     learner = Learner(
         parent, learning_rate=config.learning_rate, steps=len(batches), warmup_share=config.warmup_share,
         max_prompt_tokens=config.max_prompt_tokens, threads=threads, device=device, train_layers=config.train_layers,
-        partial=work.partial,
+        lora_rank=config.lora_rank, gradient_checkpointing=gradient_checkpointing, max_loss=config.max_loss,
+        partial=work.partial, parallel=parallel,
     )  # fmt: skip
-    for step in learner.remaining_steps():
-        paths = sorted(_path(learner, example) for example in batches[step])
-        total = sum(len(path[-1]) for path in paths)
-        loss_sum = 0.0
-        for group in micro_batches([(None, [path]) for path in paths]):
-            with learner.autocast():
-                logprobs = reply_logprobs(learner.model, [p for _, [p] in group], device=device).logprobs
-            loss = -logprobs.sum() / total
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.item()
-        learner.update(loss=loss_sum, tokens=total)
-        on_progress(step + 1, len(batches))
+    before = _before(work, learner, held, config.patience is not None)
+    _learn(learner, batches, held, config, on_progress)
+    kept = learner.return_to_best()
+    after = held.losses(learner)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
-    losses = [row["loss"] for row in learner.log]
-    edge = max(1, math.ceil(len(losses) / 5))
+    if learner.parallel.main:
+        tables.write(work.folder / "dropped.parquet", Dropped, (*mixture.dropped, *seen.dropped))
+    steps = [row["loss"] for row in learner.log]
+    edge = max(1, math.ceil(len(steps) / 5))
     return TrainingSummary(
-        steps=len(batches), examples=len(mixture.examples), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
-        first_loss=sum(losses[:edge]) / edge, last_loss=sum(losses[-edge:]) / edge, sources=mixture.sources,
-        duplicates=len(mixture.dropped),
+        steps=len(steps), planned_steps=len(batches), kept_step=kept, examples=len(mixture.examples),
+        trained_tokens=int(sum(row["tokens"] for row in learner.log)),
+        first_loss=sum(steps[:edge]) / edge, last_loss=sum(steps[-edge:]) / edge, sources=mixture.sources,
+        duplicates=len(mixture.dropped), evaluation=held.compare(before, after),
+        not_evaluated=None if held.examples else _why_not(config.evaluation_share, split),
+        cut_replies=seen.cut, too_long=len(seen.dropped),
     )  # fmt: skip
 
 
-def _path(learner: Learner, example: Example) -> TokenPath:
-    return (*learner.format.prompt(example.messages[:-1]), learner.format.reply(example.messages[-1].content))
+def _learn(
+    learner: Learner, batches: Sequence[Sequence[Lesson]], held: "HeldOut", config: SFTConfig, on_progress: Advance
+) -> None:
+    """Take the steps, with an evaluation every so many and after the last."""
+    patience = config.patience
+    for step in learner.remaining_steps():
+        if patience and learner.evaluations_since_best() >= patience:
+            break
+        learner.update(**accumulate(learner, batches[step], config.micro_batch_tokens))
+        if (config.evaluate_every and (step + 1) % config.evaluate_every == 0) or step + 1 == len(batches):
+            held.evaluate(learner, keep_best=patience is not None)
+        on_progress(step + 1, len(batches))
+
+
+def accumulate(learner: Learner, lessons: Sequence[Lesson], limit: int) -> dict[str, float]:
+    """Add the gradient of one step's mean loss over all reply tokens, in micro-batches; the step's `loss`, `tokens`."""
+    paths = share_prefixes([path for lesson in lessons for path in lesson.paths])
+    total = sum(len(path[-1]) for path in paths)
+    parts = [torch.zeros((), device=learner.device)]
+    for turn in learner.parallel.turns(plan([[path] for path in paths], limit)):
+        with learner.autocast():
+            logprobs = reply_logprobs(learner.model, [paths[i] for i in turn.batch], device=learner.device).logprobs
+        loss = losses.sft(logprobs, total) * float(turn.counts)
+        loss.backward()  # type: ignore[no-untyped-call]
+        parts.append(loss.detach())
+    learner.parallel.reduce_gradients(learner.parameters)
+    return {"loss": learner.parallel.sum(torch.stack(parts).sum().item()), "tokens": total}
+
+
+class Split(NamedTuple):
+    """Examples to learn from, and those of held-out users."""
+
+    learnt: list[Example]
+    held: list[Example]
+
+
+def hold_out(examples: Sequence[Example], share: float, seed: int) -> Split:
+    """Set `share` of the users aside, drawn by the seed; at least one of two, if any.
+
+    Who wrote an example that names no user counts as another user each. Of a reply that is held out twice, one stays.
+    """
+    users = sorted({_who(e) for e in examples}, key=lambda who: (derive_seed(seed, "held out", who), who))
+    aside = set(users[: max(1, round(share * len(users)))] if share and len(users) > 1 else ())
+    held = {(e.prompt_id, e.messages[-1].content): e for e in sorted(examples, key=lambda e: e.id) if _who(e) in aside}
+    return Split([e for e in examples if _who(e) not in aside], list(held.values()))
+
+
+def _who(example: Example) -> str:
+    return example.user_id or example.id
+
+
+def _why_not(share: float, split: Split) -> str:
+    if not share:
+        return "evaluation_share is 0"
+    return f"no example of {len(split.held)} held out fits the window" if split.held else "fewer than two users"
+
+
+class HeldOut:
+    """Examples of held-out users, packed once for every evaluation."""
+
+    def __init__(self, examples: Sequence[Example], lessons: dict[str, Lesson], limit: int) -> None:
+        self.examples = examples
+        owned = [(place, path) for place, example in enumerate(examples) for path in lessons[example.id].paths]
+        self._owner = [place for place, _ in owned]
+        self._paths = share_prefixes([path for _, path in owned])
+        self._batches = plan([[path] for path in self._paths], limit)
+
+    @torch.no_grad()
+    def losses(self, learner: Learner) -> list[Tensor]:
+        """The negative log-likelihood of every reply token, example by example."""
+        found: list[tuple[int, Tensor]] = []
+        for turn in learner.parallel.turns(self._batches):
+            with learner.autocast():
+                paths = [self._paths[i] for i in turn.batch]
+                logs = reply_logprobs(learner.model, paths, device=learner.device).logprobs.cpu()
+            if turn.counts:
+                found += zip(turn.batch, torch.split(-logs, [len(path[-1]) for path in paths]), strict=True)
+        each: list[list[Tensor]] = [[] for _ in self.examples]
+        for path, values in sorted(learner.parallel.gather(found), key=lambda pair: pair[0]):
+            each[self._owner[path]].append(values)
+        return [torch.cat(values) for values in each]
+
+    def evaluate(self, learner: Learner, *, keep_best: bool) -> list[Tensor]:
+        """Log the loss now, all together and by source."""
+        each = self.losses(learner)
+        if each:
+            by_source = {f"evaluation_loss_{name}": float(self._joined(each, name).mean()) for name in self._sources}
+            learner.evaluated(float(torch.cat(each).mean()), keep_best=keep_best, **by_source)
+        return each
+
+    def compare(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[SourceLoss, ...]:
+        """Both losses by source, the first row of all together."""
+        return tuple(
+            SourceLoss(
+                source=source or "all", examples=sum(source in (None, e.source) for e in self.examples),
+                before=self._estimate(before, source), after=self._estimate(after, source),
+            )
+            for source in ((None, *self._sources) if self.examples else ())
+        )  # fmt: skip
+
+    @property
+    def _sources(self) -> list[str]:
+        return sorted({example.source for example in self.examples})
+
+    def _joined(self, each: Sequence[Tensor], source: str | None) -> Tensor:
+        return torch.cat([v for v, e in zip(each, self.examples, strict=True) if source in (None, e.source)])
+
+    def _estimate(self, each: Sequence[Tensor], source: str | None) -> Estimate:
+        rows = zip(each, self.examples, strict=True)
+        users = [_who(e) for values, e in rows if source in (None, e.source) for _ in range(len(values))]
+        return intervals.mean(self._joined(each, source).double().numpy(), users)
+
+
+def _before(work: Work, learner: Learner, held: HeldOut, keep_best: bool) -> list[Tensor]:
+    """The held-out losses of the parent, kept for a run that resumes."""
+    file = work.partial / "before.pt"
+    if learner.step:
+        return list(torch.load(file, weights_only=True))
+    each = held.evaluate(learner, keep_best=keep_best)
+    if learner.parallel.main:
+        save_atomically(each, file)
+    return each
