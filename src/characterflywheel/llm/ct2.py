@@ -8,6 +8,7 @@ Int8 is a policy of its own: for SmolLM2-135M a token's log-probability is 0.25 
 divergence 0.05 nats a token (718 tokens at temperature 0.8). With `precision="float32"` both are below 1e-5.
 """
 
+import gc
 import hashlib
 import json
 import random
@@ -63,7 +64,7 @@ class CTranslate2Model(TokenSampler):
         if device != "cpu":
             raise FlywheelError(f'backend "ctranslate2" runs on "cpu", not {device!r}: set models.backend to "native".')
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ends = _end_tokens(folder)
+        ends = end_tokens(folder)
         return cls(converted(folder, precision), tokenizer, name, precision=precision, ends=ends, **settings)
 
     def sample(
@@ -140,8 +141,6 @@ def _logprobs(ids: Sequence[int], logits: Sequence[Any], temperature: float) -> 
 
 def converted(folder: Path, precision: Precision = "int8") -> Path:
     """The CTranslate2 form of a Hugging Face folder, made when these weights are first seen."""
-    from transformers.utils import logging  # noqa: PLC0415
-
     package = _package()
     digest = hashlib.sha256(f"{package.__version__} {precision}".encode())
     for file in sorted(f for f in folder.iterdir() if f.suffix in {".json", ".safetensors"}):
@@ -150,21 +149,43 @@ def converted(folder: Path, precision: Precision = "int8") -> Path:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     target = cache_folder() / f"ct2-{digest.hexdigest()[:16]}"
     if not (target / "model.bin").exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        logging.disable_progress_bar()
+        convert(folder, target, precision)
+    return target
+
+
+def convert(folder: Path, target: Path, precision: Precision, model: Any | None = None) -> None:
+    """Write the CTranslate2 form of a folder's model, or of `model` with its configuration and tokenizer, to `target`.
+
+    `target` appears complete or not at all, in place of what was there. `model` is taken apart by this and its weights
+    are overwritten, so give one that nobody needs any more.
+    """
+    from transformers.utils import logging  # noqa: PLC0415
+
+    base: Any = _package().converters.TransformersConverter
+
+    class Converter(base):  # type: ignore[misc]
+        def load_model(self, model_class: Any, name: str, **settings: Any) -> Any:
+            return super().load_model(model_class, name, **settings) if model is None else model
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    gc.collect()
+    gc.freeze()  # it collects garbage after each layer, which takes longer than the rest, the more so the more there is
+    try:
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
             made = Path(temporary, "model")
-            package.converters.TransformersConverter(str(folder)).convert(str(made), quantization=precision)
+            Converter(str(folder)).convert(str(made), quantization=precision)
             settings = json.loads((made / "config.json").read_text(encoding="utf-8"))
             # a tokenizer without a first token is written as null, which the loader refuses; prompts never use it
             settings["bos_token"] = settings["bos_token"] or settings["eos_token"]
             (made / "config.json").write_text(json.dumps(settings), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             made.replace(target)
-    return target
+    finally:
+        gc.unfreeze()
 
 
-def _end_tokens(folder: Path) -> frozenset[int]:
+def end_tokens(folder: Path) -> frozenset[int]:
     """What the folder's configurations name; some models, such as Llama 3, have several."""
     files = [f for f in (folder / "config.json", folder / "generation_config.json") if f.exists()]
     named = [json.loads(f.read_text(encoding="utf-8")).get("eos_token_id") for f in files]
