@@ -20,7 +20,7 @@ from characterflywheel.training.rl import train_rl
 from tiny_model import asks, tiny_folder
 
 __all__ = ["tiny_folder"]
-RL = RLConfig(steps=12, prompts_per_step=2, group=8, learning_rate=1e-2, temperature=0.7, max_tokens=10)
+RL = RLConfig(steps=12, prompts_per_step=2, group=16, learning_rate=1e-2, temperature=0.7, max_tokens=10)
 KNOWS = Estimate(value=0.7, low=0.58, high=0.8, n=60)
 CONFIG = OveroptimisationConfig(rl_points=4, start_replies=6, draws=200)
 PROMPTS = [
@@ -144,9 +144,9 @@ def test_every_reply_behind_the_curves_is_written(tiny_folder: Path, rollouts: l
     summary = run(tmp_path, tiny_folder, rollouts, gold=gold)
     rows = tables.read(tmp_path / "scores.parquet", ScoredReply)
     by_way = {way: [r for r in rows if r.way == way] for way in ("best_of_n", "rl", "start")}
-    assert {way: len(mine) for way, mine in by_way.items()} == {"best_of_n": 48, "rl": 192, "start": 48}
+    assert {way: len(mine) for way, mine in by_way.items()} == {"best_of_n": 48, "rl": 12 * 2 * RL.group, "start": 48}
     assert gold.asked == len(rows)
-    assert (summary.best_of_n.replies, summary.rl.replies, summary.rl.prompts) == (48, 192, 8)
+    assert (summary.best_of_n.replies, summary.rl.replies, summary.rl.prompts) == (48, 12 * 2 * RL.group, 8)
     assert [r.proxy for r in by_way["rl"]] == [r.score for r in rollouts]
     assert all(r.kl is not None and r.kl >= 0 for r in by_way["rl"])
     again = OveroptimisationSummary.model_validate_json((tmp_path / "curves.json").read_text("utf-8"))
