@@ -70,7 +70,7 @@ def train_dpo(
         FlywheelError: no pair to learn from, or the loss diverged.
     """
     form = open_format(parent, config.max_prompt_tokens)
-    seen = of_pairs(form, [p for p in preferences if p.label > 0.5], max_reply_tokens=config.max_reply_tokens)
+    seen = of_pairs(form, [p for p in preferences if p.label > 0.5], config.max_reply_tokens)
     usable = [p for p in preferences if p.id in seen.lessons]
     pairs = choose_pairs([p for p in usable if not p.held_out], config.pairs, work.seed)
     held = choose_pairs([p for p in usable if p.held_out], config.evaluation_pairs, work.seed)
@@ -104,7 +104,7 @@ def train_dpo(
         steps=len(batches), pairs=len(pairs), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
         first_loss=first["loss"], last_loss=last["loss"], last_accuracy=last["accuracy"],
         cut_replies=sum(seen.lessons[name].cut for name in chosen), too_long=len(seen.dropped),
-        evaluation_accuracy=intervals.share([0.5 if m == 0 else float(m > 0) for m in margins], users) if held else none,
+        evaluation_accuracy=intervals.share([(1 + (m > 0) - (m < 0)) / 2 for m in margins], users) if held else none,
         evaluation_margin=intervals.mean(margins, users) if held else none,
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def open_format(folder: FilePath, max_prompt_tokens: int) -> ChatFormat:
     return ChatFormat(AutoTokenizer.from_pretrained(folder), max_prompt_tokens)
 
 
-def of_examples(form: ChatFormat, examples: Sequence[Example], *, learn: Learn, max_reply_tokens: int) -> Tokenised:
+def of_examples(form: ChatFormat, examples: Sequence[Example], learn: Learn, max_reply_tokens: int) -> Tokenised:
     """The last reply of every example, or with "all" each assistant message that answers a user.
 
     A turn whose own message does not fit the window under its system prompt is dropped, and with "last" its example.
@@ -83,7 +83,7 @@ def of_examples(form: ChatFormat, examples: Sequence[Example], *, learn: Learn, 
     return Tokenised(lessons, tuple(dropped))
 
 
-def of_pairs(form: ChatFormat, pairs: Sequence[Preference], *, max_reply_tokens: int) -> Tokenised:
+def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: int) -> Tokenised:
     """Two paths a pair: the chosen reply and the rejected one. A pair whose prompt does not fit is dropped."""
     lessons, dropped = {}, []
     for pair in pairs:

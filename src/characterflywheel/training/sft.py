@@ -5,6 +5,7 @@ falls, training can stop early and go back to the best weights.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,20 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import intervals, tables
+from .. import intervals
 from ..config import SFTConfig
 from ..errors import FlywheelError
 from ..ids import derive_seed
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Dropped, Estimate, Example, Record
-from . import losses
+from ..records import Estimate, Example, Record
+from ..safety.policy import SafetyPolicy
+from . import losses, sources
 from .batching import plan, share_prefixes
 from .learner import Learner, save_atomically, write_metrics
-from .mixture import SourceShare, mix
+from .mixture import SourceShare, blend, write
 from .parallel import Parallel
 from .paths import Lesson, of_examples, open_format
+from .sources import Reserved
 
 
 class SourceLoss(Record):
@@ -69,20 +72,32 @@ class TrainingSummary(Record):
 
 def train_sft(
     work: Work, config: SFTConfig, parent: Path, examples: Sequence[Example], *, threads: int, device: str = "cpu",
-    parallel: Parallel | None = None, gradient_checkpointing: bool = False,
-    on_progress: Advance = lambda done, total: None,
+    reserved: Reserved = Reserved(), safety: SafetyPolicy = SafetyPolicy(), parallel: Parallel | None = None,
+    gradient_checkpointing: bool = False, on_progress: Advance = lambda done, total: None,
 ) -> TrainingSummary:  # fmt: skip
-    """Fine-tune the model folder `parent`; writes `model/`, `metrics.jsonl` and `dropped.parquet` (Dropped).
+    """Fine-tune the model folder `parent` on these examples and those of `config.extra`.
+
+    Nothing is learnt of what is `reserved`, of files' replies that `safety` refuses, and of held-out users. Writes
+    `model/`, `metrics.jsonl`, and what the model is trained on (`mixture.write`).
 
     Raises:
-        FlywheelError: the mixture is empty, or the loss diverged.
+        FlywheelError: nothing is left to learn from, or the loss diverged.
     """
-    split = hold_out(examples, config.evaluation_share, work.seed)
+    parallel = parallel or Parallel.alone()
+    offered = sources.offer(config, examples, reserved, safety)
+    split = hold_out(offered.examples, config.evaluation_share, work.seed)
     form = open_format(parent, config.max_prompt_tokens)
-    seen = of_examples(form, [*split.learnt, *split.held], learn=config.learn, max_reply_tokens=config.max_reply_tokens)
-    mixture = mix([e for e in split.learnt if e.id in seen.lessons], config.weights, config.epochs, work.seed)
+    seen = of_examples(form, [*split.learnt, *split.held], config.learn, config.max_reply_tokens)
+    mixture = blend(
+        config, [e for e in split.learnt if e.id in seen.lessons], work.seed, refused=offered.refused,
+        tokens=lambda example: seen.lessons[example.id].tokens,
+    )  # fmt: skip
     if not mixture.examples:
-        raise FlywheelError(f"no example to learn from: {len(examples)} offered, weights {config.weights}.")
+        dropped = Counter(row.reason for row in (*mixture.dropped, *seen.dropped))
+        raise FlywheelError(
+            f"no example to learn from: {len(examples)} offered, dropped {dict(dropped)}, weights "
+            f"{dict(config.weights)}: lower what is held out or reserved, or give sources a weight."
+        )
     batches = [
         [seen.lessons[example.id] for example in mixture.examples[i : i + config.examples_per_step]]
         for i in range(0, len(mixture.examples), config.examples_per_step)
@@ -100,15 +115,16 @@ def train_sft(
     after = held.losses(learner)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
-    if learner.parallel.main:
-        tables.write(work.folder / "dropped.parquet", Dropped, (*mixture.dropped, *seen.dropped))
+    if parallel.main:
+        write(work.folder, config, work.seed, mixture, seen.dropped)
     steps = [row["loss"] for row in learner.log]
     edge = max(1, math.ceil(len(steps) / 5))
+    twice = sum(row.reason in ("duplicate", "near_duplicate") for row in mixture.dropped)
     return TrainingSummary(
         steps=len(steps), planned_steps=len(batches), kept_step=kept, examples=len(mixture.examples),
         trained_tokens=int(sum(row["tokens"] for row in learner.log)),
         first_loss=sum(steps[:edge]) / edge, last_loss=sum(steps[-edge:]) / edge, sources=mixture.sources,
-        duplicates=len(mixture.dropped), evaluation=held.compare(before, after),
+        duplicates=twice, evaluation=held.compare(before, after),
         not_evaluated=None if held.examples else _why_not(config.evaluation_share, split),
         cut_replies=seen.cut, too_long=len(seen.dropped),
     )  # fmt: skip
