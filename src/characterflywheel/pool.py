@@ -183,7 +183,10 @@ class EndpointModel:
         """Raises FlywheelError where `address` is no http address or the key cannot be sent."""
         self.name, self.address = model, address
         self._key, self._patience_s, self._timeout_s, self._concurrent = key, patience_s, timeout_s, concurrent
-        Upstream(address, key=key)  # refuses a wrong address before any work
+        try:
+            Upstream(address, key=key)  # refuses a wrong address before any work
+        except FlywheelError as error:
+            raise FlywheelError(_ours(str(error))) from None
 
     def complete(
         self,
