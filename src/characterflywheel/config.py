@@ -510,6 +510,12 @@ class RLConfig(Section):
         description="share of a step's tokens whose ratio is not sane (masked, counted) that ends the run",
     )
     train_layers: int | None = Field(None, ge=1)
+    lora_rank: int | None = Field(
+        None, ge=1, description="train adapters of this rank, added to the weights when done; all weights if absent"
+    )
+    micro_batch_tokens: int = Field(
+        1536, ge=1, description="tokens that run at once, prefixes that replies share counted once; bounds memory"
+    )
     sampler: SamplerConfig = SamplerConfig()
     terms: TermsConfig = TermsConfig()
     alarms: RLAlarmsConfig = RLAlarmsConfig()
@@ -540,6 +546,9 @@ class ParallelConfig(Section):
         "none", description="where weights, gradients and optimiser lie: whole in every process, split over all of "
         "them (FSDP2), or split over each machine's, with a copy a machine",
     )  # fmt: skip
+    gradient_checkpointing: bool = Field(
+        False, description="keep each layer's input only and compute the rest again: less memory, a third more time"
+    )
     launch: tuple[str, ...] = Field(
         (), description="command that starts the workers, before the worker's own words; torchrun on this machine if "
         "absent",

@@ -127,15 +127,15 @@ def mini_batches(lessons: Sequence[Lesson], config: RLConfig, seed: int) -> list
 
 @torch.no_grad()
 def read(
-    model: Any, lessons: Sequence[Lesson], parallel: Parallel, *, temperature: float, device: str,
+    model: Any, lessons: Sequence[Lesson], config: RLConfig, parallel: Parallel, *, device: str,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Logs:  # fmt: skip
     """The log-probabilities of all replies of the lessons under a model as it is now, on every process."""
     found: list[tuple[int, Tensor]] = []
-    for turn in parallel.turns(plan([lesson.paths for lesson in lessons])):
+    for turn in parallel.turns(plan([lesson.paths for lesson in lessons], config.micro_batch_tokens)):
         batch = [lessons[i] for i in turn.batch]
         with autocast or nullcontext():
-            tokens = reply_logprobs(model, _paths(batch), temperature=temperature, device=device)
+            tokens = reply_logprobs(model, _paths(batch), temperature=config.temperature, device=device)
         found += _by_number(batch, tokens).items() if turn.counts else ()
     return dict(parallel.gather(found))
 
@@ -160,7 +160,7 @@ def accumulate(
     sums: dict[str, float] = {}
     health: list[policy_gradient.Health] = []
     own: list[tuple[int, Tensor]] = []
-    for turn in parallel.turns(plan([lesson.paths for lesson in lessons])):
+    for turn in parallel.turns(plan([lesson.paths for lesson in lessons], config.micro_batch_tokens)):
         batch = [lessons[i] for i in turn.batch]
         with clock("forward"):
             with learner.autocast():

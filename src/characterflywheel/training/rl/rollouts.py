@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,31 +20,15 @@ from ...errors import FlywheelError
 from ...ids import derive_seed
 from ...llm.base import Sampling
 from ...llm.chat_format import ChatFormat
-from ...llm.shared_prefix import Segment
-from ...llm.token_sampler import Drawn
 from ...pipeline import Work, write_atomically
 from ...records import Dropped, Prompt, Record, Rollout
 from ..parallel import Parallel
 from .learn import Logs
 from .rewards import Scorer, Terms, TermScores
+from .sampler import RolloutSampler
 from .timing import Stopwatch
 
 R = TypeVar("R", bound=BaseModel)
-
-
-class RolloutSampler(Protocol):
-    """Draws replies, with their log-probabilities under its own weights."""
-
-    format: ChatFormat
-
-    def sample(
-        self, prompts: Sequence[tuple[Segment, Segment]], *, n: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> list[list[Drawn]]: ...
-
-    def push(self, model: Any) -> None:
-        """Take over the learner's weights."""
-
-    def close(self) -> None: ...
 
 
 class DrawnReply(Record):
@@ -57,6 +41,7 @@ class DrawnReply(Record):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Literal["stop", "length"]
+    version: int
 
 
 class StartReply(Record):
@@ -111,7 +96,6 @@ class Rollouts:
     prompts: Sequence[Prompt]
     sampler: RolloutSampler
     terms: Terms
-    ends: frozenset[int]
     shelf: Shelf
     clock: Stopwatch
     seed: int
@@ -201,10 +185,10 @@ class Rollouts:
         return [
             DrawnReply(
                 prompt_id=prompt.id, text=form.decode(ids).strip(), token_ids=tuple(ids), logprobs=tuple(logs),
-                finish="stop" if ids[-1] in self.ends else "length",
+                finish="stop" if ids[-1] in self.sampler.ends else "length", version=version,
             )
-            for (prompt, _), replies in zip(mine, drawn, strict=True)
-            for ids, logs in replies
+            for (prompt, _), replies, versions in zip(mine, drawn, self.sampler.versions, strict=True)
+            for (ids, logs), version in zip(replies, versions, strict=True)
         ]  # fmt: skip
 
     def _score(self, step: int, prompts: Sequence[Prompt], drawn: Sequence[DrawnReply]) -> list[Rollout]:
@@ -219,6 +203,7 @@ class Rollouts:
                 step=step, prompt_id=one.prompt_id, text=one.text, token_ids=one.token_ids, logprobs=one.logprobs,
                 score=told.score, reward=told.reward, length=told.length, repetition=told.repetition,
                 style=told.style, features=told.features, vetoed=told.vetoed, cut_off=told.cut_off,
+                version=one.version,
             )
             for several, terms in zip(replies, judged, strict=True)
             for one, told in zip(several, terms, strict=True)

@@ -13,12 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ... import tables
 from ...config import RLConfig
 from ...errors import FlywheelError
-from ...llm.native import NativeModel, end_tokens, fast_dtype, load_model
+from ...llm.native import fast_dtype, load_model
 from ...pipeline import Work
 from ...progress import Advance
 from ...records import Dropped, Prompt, Record, Rollout
@@ -29,6 +27,7 @@ from . import watch
 from .prompts import choose_prompts
 from .rewards import Scorer, Terms
 from .rollouts import Rollouts, Shelf, fitting
+from .samplers import open_sampler
 from .step import Run, Stop, end_step, take_update, weights_of
 from .timing import Stopwatch
 
@@ -78,7 +77,8 @@ class RLSummary(Record):
 def train_rl(
     work: Work, config: RLConfig, parent: Path, prompts: Sequence[Prompt], scorer: Scorer, safety: SafetyPolicy, *,
     threads: int, batch_replies: int, device: str = "cpu", gold: Scorer | None = None,
-    parallel: Parallel = Parallel.alone(), on_progress: Advance = lambda done, total: None,
+    parallel: Parallel | None = None, gradient_checkpointing: bool = False,
+    on_progress: Advance = lambda done, total: None,
 ) -> RLSummary:  # fmt: skip
     """Run `config.steps` steps. Writes `model/`, `metrics.jsonl` (a line a step), `rollouts.parquet` (Rollout),
     `looks.parquet` (watch.Look), `alarms.jsonl` (watch.Alarm), `dropped.parquet` (Dropped) and `timing.jsonl`.
@@ -91,20 +91,24 @@ def train_rl(
         FlywheelError: no prompt fits, a reward is not finite, or the learner diverged.
         RewardGone, SamplerGone: what was drawn is kept, and a rerun goes on from there.
     """
+    parallel = parallel or Parallel.alone()
     learner = Learner(
         parent, learning_rate=config.learning_rate, steps=config.steps * config.updates,
         max_prompt_tokens=config.max_prompt_tokens, threads=threads, device=device, train_layers=config.train_layers,
-        partial=work.partial,
+        lora_rank=config.lora_rank, gradient_checkpointing=gradient_checkpointing, partial=work.partial,
+        parallel=parallel,
     )  # fmt: skip
     kept, dropped = fitting(prompts, learner.format)
     _check_room(config, learner, len(prompts), len(kept))
-    rollouts = Rollouts(
-        config, kept, _sampler(config, parent, learner, threads, batch_replies), Terms(scorer, safety, config.terms),
-        end_tokens(learner.model) | {learner.tokenizer.eos_token_id}, Shelf(work, parallel), Stopwatch(device),
-        work.seed,
+    sampler = open_sampler(
+        config, parent, learner.tokenizer, scratch=work.partial / "sampler", threads=threads,
+        batch_replies=batch_replies, device=device, parallel=parallel,
     )  # fmt: skip
-    run, stop = _begin(work, config, parent, learner, rollouts, gold), None
+    terms = Terms(scorer, safety, config.terms)
+    rollouts = Rollouts(config, kept, sampler, terms, Shelf(work, parallel), Stopwatch(device), work.seed)
+    stop = None
     try:
+        run = _begin(work, config, parent, learner, rollouts, gold)
         for number in learner.remaining_steps():
             step, update = number // config.updates + 1, number % config.updates
             take_update(run, step, update)
@@ -115,7 +119,7 @@ def train_rl(
             if stop:
                 break
     finally:
-        rollouts.sampler.close()
+        sampler.close()
     return _finish(run, parent, dropped, stop)
 
 
@@ -132,39 +136,24 @@ def _check_room(config: RLConfig, learner: Learner, prompts: int, kept: int) -> 
         )
 
 
-class _NativeSampler(NativeModel):
-    """A copy of the weights that are trained, in the precision that decodes fastest."""
-
-    @torch.no_grad()
-    def push(self, model: Any) -> None:
-        for source, target in zip(model.parameters(), self.model.parameters(), strict=True):
-            target.copy_(source)
-
-    def close(self) -> None:
-        pass
-
-
-def _sampler(
-    config: RLConfig, parent: Path, learner: Learner, threads: int, batch_replies: int
-) -> _NativeSampler:  # fmt: skip
-    policy = load_model(parent, fast_dtype(learner.device), learner.device)[0]
-    return _NativeSampler(
-        policy, learner.tokenizer, "rl", max_prompt_tokens=config.max_prompt_tokens, threads=threads,
-        batch_replies=batch_replies,
-    )  # fmt: skip
-
-
 def _begin(
     work: Work, config: RLConfig, parent: Path, learner: Learner, rollouts: Rollouts, gold: Scorer | None
 ) -> Run:
     """Load the reference; before the first step, draw the start's replies that looks compare with."""
     anchored = config.kl_weight > 0 or config.algorithm == "online_dpo" or config.alarms.every > 0
-    reference = load_model(parent, fast_dtype(learner.device), learner.device)[0] if anchored else None
-    run = Run(work, config, learner, rollouts, reference, gold, {})
+    run = Run(work, config, learner, rollouts, _start_weights(parent, learner) if anchored else None, gold, {})
     asked = {prompt.id: prompt for step in run.looked(config.steps) for prompt in rollouts.batch(step)}
     if asked:
         run.start.update(rollouts.start(list(asked.values()), gold))
     return run
+
+
+def _start_weights(parent: Path, learner: Learner) -> Any:
+    if not learner.parallel.sharded:
+        return load_model(parent, fast_dtype(learner.device), learner.device)[0]
+    from ..sharding import load_sharded  # noqa: PLC0415 - distributed modules take seconds, and one process has none
+
+    return load_sharded(parent, learner.parallel, learner.device, lambda model: model.requires_grad_(False))
 
 
 def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | None) -> RLSummary:
@@ -178,7 +167,10 @@ def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | Non
     if run.parallel.main:
         if stop is not None:
             kept = weights_of(run, stop.kept_step)
-            shutil.copytree(kept if kept.exists() else parent, folder / "model")
+            if kept.exists():
+                shutil.copytree(kept, folder, dirs_exist_ok=True)  # adapters lie beside the model
+            else:
+                shutil.copytree(parent, folder / "model")
         for name in ("metrics", "timing"):
             lines = "".join(run.file(name, step).read_text("utf-8") for step in steps)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -72,9 +72,7 @@ class Run:
 
     def under_reference(self, lessons: Sequence[Lesson]) -> Logs:
         with self.rollouts.clock("reference"):
-            return read(
-                self.reference, lessons, self.parallel, temperature=self.config.temperature, device=self.learner.device
-            )
+            return read(self.reference, lessons, self.config, self.parallel, device=self.learner.device)
 
 
 def take_update(run: Run, step: int, number: int) -> None:
@@ -90,9 +88,8 @@ def take_update(run: Run, step: int, number: int) -> None:
         for later in parts[1 : config.updates_per_step]:
             with clock("forward"):
                 before |= read(
-                    learner.model, later, run.parallel, temperature=config.temperature, device=learner.device,
-                    autocast=learner.autocast(),
-                )  # fmt: skip
+                    learner.model, later, config, run.parallel, device=learner.device, autocast=learner.autocast()
+                )
     else:
         before = {i: torch.tensor(r.learner_logprobs) for i, r in enumerate(rollouts) if r.learner_logprobs is not None}
     if part:
@@ -105,7 +102,7 @@ def take_update(run: Run, step: int, number: int) -> None:
     if number == 0:
         run.rollouts.learnt(step, rollouts, before | own, found.advantage)
         if run.looks_at(step) and config.alarms.stop:
-            learner.save(weights_of(run, step))
+            learner.save(weights_of(run, step) / "model")
     with clock("update"):
         take = learner.update if part else partial(skip_update, learner)
         take(**metrics, equal_groups=float(found.equal_groups))
@@ -114,7 +111,7 @@ def take_update(run: Run, step: int, number: int) -> None:
 def _rollouts(run: Run, step: int) -> list[Rollout]:
     def push() -> None:
         if run.learner.step:  # the sampler begins with the start's weights
-            run.rollouts.sampler.push(run.learner.model)
+            run.rollouts.sampler.push(run.learner.model, version=run.learner.step)
 
     try:
         return run.rollouts.of(step, push)
