@@ -5,7 +5,7 @@ added to its weights, so that nothing downstream knows of them, and the adapters
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     names = {id(part.base_layer.weight): part for part in model.modules() if hasattr(part, "get_delta_weight")}
     for name, weight in model.named_parameters():
-        if f".{ADAPTER}." in name:
+        if is_adapter(name):
             continue
         part = names.get(id(weight))
         value = weight.detach()
@@ -62,15 +62,23 @@ def plain_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         )
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapters as peft reads them (`PeftModel.from_pretrained(parent, folder)`); the same bytes each time."""
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return f".{ADAPTER}." in name
+
+
+def save_adapter(model: Any, folder: Path, named: Iterable[tuple[str, Tensor]] | None = None) -> None:
+    """Write the adapters as peft reads them (`PeftModel.from_pretrained(parent, folder)`); the same bytes each time.
+
+    `named`: the adapters by name, if they are not the model's own parameters (but put together from shards).
+    """
     from safetensors.torch import save_file  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight.detach().contiguous().cpu()
-        for name, weight in model.named_parameters()
-        if f".{ADAPTER}." in name
+        for name, weight in named or model.named_parameters()
+        if is_adapter(name)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True}

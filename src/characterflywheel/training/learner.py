@@ -26,7 +26,7 @@ from ..llm.shared_prefix import reply_logprobs
 from . import adapters
 from .batching import MICRO_BATCH_TOKENS
 from .losses import per_reply
-from .parallel import Parallel
+from .parallel import Parallel, local
 
 T = TypeVar("T")
 CHECKPOINT_SECONDS = 60.0
@@ -161,7 +161,7 @@ class Learner:
         if not math.isfinite(loss):
             raise self._diverged(f"evaluation loss is {loss}, must be finite")
         if keep_best and all(loss < row["evaluation_loss"] for row in self.evaluations):
-            self.best = [p.detach().to("cpu", copy=True) for p in self.parameters]
+            self.best = [local(p).to("cpu", copy=True) for p in self.parameters]
         self.evaluations.append({"step": self.step, "evaluation_loss": loss, **more})
 
     def evaluations_since_best(self) -> int:
@@ -175,7 +175,7 @@ class Learner:
         if self.best is None:
             return self.step
         for parameter, value in zip(self.parameters, self.best, strict=True):
-            parameter.copy_(value)
+            local(parameter).copy_(value)
         return int(min(self.evaluations, key=lambda row: row["evaluation_loss"])["step"])
 
     @property
@@ -189,16 +189,18 @@ class Learner:
         started = time.monotonic()
         state: dict[str, Any] = {
             "schedule": self.schedule.state_dict(), "step": self.step, "log": self.log,
-            "evaluations": self.evaluations, "best": self.best, "random": torch.get_rng_state(),
+            "evaluations": self.evaluations, "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None,
         }  # fmt: skip
         shards = self._checkpoint.with_name(f"shards-{self.step:06d}")
         if self.parallel.sharded:
             from .sharding import save_shards  # noqa: PLC0415
 
-            save_shards(self.model, self.optimiser, shards)
+            save_shards(self.model, self.optimiser, shards, self.best)
+            state |= {"best": self.best is not None}
         else:
             state |= {"parameters": [p.detach() for p in self.parameters], "optimiser": self.optimiser.state_dict()}
+            state |= {"best": self.best}
         if self.parallel.main:
             save_atomically(state, self._checkpoint)
             for old in self._checkpoint.parent.glob("shards-*"):
@@ -213,12 +215,13 @@ class Learner:
         state = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.log, self.evaluations = state["step"], state["log"], state["evaluations"]
-        self.best = state["best"]
         if self.parallel.sharded:
             from .sharding import load_shards  # noqa: PLC0415
 
-            load_shards(self.model, self.optimiser, self._checkpoint.with_name(f"shards-{self.step:06d}"))
+            shards = self._checkpoint.with_name(f"shards-{self.step:06d}")
+            self.best = load_shards(self.model, self.optimiser, shards, with_best=state["best"])
         else:
+            self.best = state["best"]
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
             self.optimiser.load_state_dict(state["optimiser"])
@@ -233,10 +236,14 @@ class Learner:
         Adapters are added to the weights, and are also written alone, into `adapter/` beside the folder.
         """
         if self.parallel.sharded:
-            from .sharding import save_whole, whole_parameters  # noqa: PLC0415
+            from .sharding import save_whole, whole_parameters, whole_weights  # noqa: PLC0415
 
             folder.mkdir(parents=True, exist_ok=True)
-            save_whole(whole_parameters(self.model), self.model, folder, self.parallel.main)
+            save_whole(whole_weights(self.model), self.model, folder, self.parallel.main)
+            if adapters.adapted(self.model):
+                named = [(name, weight) for name, weight in whole_parameters(self.model) if adapters.is_adapter(name)]
+                if self.parallel.main:
+                    adapters.save_adapter(self.model, folder.with_name("adapter"), named)
         elif self.parallel.main:
             folder.mkdir(parents=True, exist_ok=True)
             if adapters.adapted(self.model):

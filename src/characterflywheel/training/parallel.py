@@ -137,3 +137,9 @@ class Parallel:
         """Wait until all processes are here."""
         if self.world > 1:
             self.sum(0.0)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor, without gradient: its shard, or all of it."""
+    shard = getattr(tensor.detach(), "to_local", None)
+    return tensor.detach() if shard is None else shard()

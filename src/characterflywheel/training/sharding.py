@@ -7,7 +7,7 @@ machine can be loaded, and files are written one at a time from gathered weights
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ..errors import FlywheelError
 from ..llm.native import fast_dtype
 from ..llm.shared_prefix import check_family
 from .adapters import plain_weights
-from .parallel import Parallel
+from .parallel import Parallel, local
 
 FILE_BYTES = 5 * 2**30
 
@@ -221,15 +221,32 @@ def save_whole(
     model.generation_config.save_pretrained(folder)
 
 
-def save_shards(model: Any, optimiser: torch.optim.Optimizer, folder: Path) -> None:
-    """Write model and optimiser, each process its shards; `.metadata` comes last and says that all are there."""
-    weights, moments = get_state_dict(model, optimiser)
-    save({"model": weights, "optimiser": moments}, checkpoint_id=folder)
+def save_shards(
+    model: Any, optimiser: torch.optim.Optimizer, folder: Path, best: Sequence[Tensor] | None = None
+) -> None:
+    """Write model, optimiser and the best weights so far, each process its shards; `.metadata` comes last.
+
+    `best`: this process's part of every trained weight, in the optimiser's order.
+    """
+    save(_state(model, optimiser, best), checkpoint_id=folder)
 
 
-def load_shards(model: Any, optimiser: torch.optim.Optimizer, folder: Path) -> None:
-    """Read what `save_shards` wrote, for any number of processes."""
-    weights, moments = get_state_dict(model, optimiser)
-    state: dict[str, Any] = {"model": weights, "optimiser": moments}
+def load_shards(
+    model: Any, optimiser: torch.optim.Optimizer, folder: Path, *, with_best: bool = False
+) -> list[Tensor] | None:
+    """Read what `save_shards` wrote, for any number of processes; returns this process's part of the best weights."""
+    trained = optimiser.param_groups[0]["params"]
+    state = _state(model, optimiser, [local(p).clone() for p in trained] if with_best else None)
     load(state, checkpoint_id=folder)
     set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    return [local(state["best"][str(i)]).cpu() for i in range(len(trained))] if with_best else None
+
+
+def _state(model: Any, optimiser: torch.optim.Optimizer, best: Sequence[Tensor] | None) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimiser)
+    trained = optimiser.param_groups[0]["params"]
+    kept = {
+        str(i): DTensor.from_local(part.to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        for i, (p, part) in enumerate(zip(trained, best or (), strict=best is not None))
+    }
+    return {"model": weights, "optimiser": moments, "best": kept}
