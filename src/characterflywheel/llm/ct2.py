@@ -169,7 +169,6 @@ def convert(folder: Path, target: Path, precision: Precision, model: Any | None 
 
     target.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    gc.collect()
     gc.freeze()  # it collects garbage after each layer, which takes longer than the rest, the more so the more there is
     try:
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
