@@ -28,6 +28,7 @@ from . import __version__, ids, tables
 
 R = TypeVar("R", bound=BaseModel)
 S = TypeVar("S", bound=BaseModel)
+UNHASHED = ("artifact.json", "timing.jsonl")
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "tea-tasting")
 
 
@@ -210,8 +211,11 @@ def peak_memory_mb() -> float:
 
 
 def output_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of an artifact, by path relative to its folder (`artifact.json` left out)."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "artifact.json")
+    """SHA-256 of every file of an artifact, by path relative to its folder.
+
+    Left out are `artifact.json`, and `timing.jsonl`, whose seconds differ from run to run.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNHASHED)
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
