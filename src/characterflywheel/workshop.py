@@ -70,6 +70,31 @@ def parent_of(workspace: Workspace, config: FlywheelConfig, number: int) -> Pare
     )
 
 
+def open_rewards(
+    config: FlywheelConfig, work: Work, encoder: Encoder, threads: int, device: str
+) -> "RewardModels | RemoteRewards":
+    """The reward models that are a stage's `judge`: loaded here, or the same on the server that config names.
+
+    Who computes, and how exactly, is noted for the stage's `artifact.json`.
+    """
+    artifact, server = work.inputs["judge"], config.reward.server
+    if server is not None and not server.startswith("vllm+"):
+        from .reward.remote import connect  # noqa: PLC0415 - only where a server is asked
+        from .reward.wire import content_of  # noqa: PLC0415
+
+        remote = connect(server, artifact.folder.name, content_of(artifact.record.outputs))
+        work.notes["scores"] = f"flywheel score, {remote.card.precision}"
+        return remote
+    models = RewardModels.load(artifact.folder, encoder, threads, device)
+    work.notes["scores"] = f"here, {precision_of(models.pointwise)}"
+    if server is not None:
+        from .reward.vllm import served  # noqa: PLC0415
+
+        models.pointwise = served(models.pointwise, server)
+        work.notes["scores"] += "; pointwise: vLLM"
+    return models
+
+
 class Workshop:
     """What the stages of one generation share: configuration, store, people, and the models loaded so far."""
 
@@ -222,26 +247,8 @@ class Workshop:
         return {"parent": self.parent_model, "coached": RewritePolicy(self.parent_model)}
 
     def rewards(self, work: Work) -> "RewardModels | RemoteRewards":
-        """The reward models that are a stage's `judge`: loaded here, or the same on the server that config names.
-
-        Who computes, and how exactly, is noted for the stage's `artifact.json`.
-        """
-        artifact, server = work.inputs["judge"], self.config.reward.server
-        if server is not None and not server.startswith("vllm+"):
-            from .reward.remote import connect  # noqa: PLC0415 - only where a server is asked
-            from .reward.wire import content_of  # noqa: PLC0415
-
-            remote = connect(server, artifact.folder.name, content_of(artifact.record.outputs))
-            work.notes["scores"] = f"flywheel score, {remote.card.precision}"
-            return remote
-        models = RewardModels.load(artifact.folder, self.encoder, self.threads, self.device)
-        work.notes["scores"] = f"here, {precision_of(models.pointwise)}"
-        if server is not None:
-            from .reward.vllm import served  # noqa: PLC0415
-
-            models.pointwise = served(models.pointwise, server)
-            work.notes["scores"] += "; pointwise: vLLM"
-        return models
+        """The reward models that are a stage's `judge` (see `open_rewards`)."""
+        return open_rewards(self.config, work, self.encoder, self.threads, self.device)
 
     def bank(self, artifact: Artifact[BankSummary]) -> Bank:
         return load_bank(artifact.folder, self.known_characters)

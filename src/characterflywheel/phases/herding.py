@@ -1,14 +1,22 @@
 """Herding: SFT, DPO, online RL, each from the model before it (PAPER section 4)."""
 
+from functools import partial
+from typing import Any
+
 from .. import tables
+from ..config import FlywheelConfig
+from ..llm.encoder import shared_encoder
+from ..llm.models import encoder_folder
 from ..pipeline import Work
 from ..progress import progress
 from ..records import Example, Preference, Prompt, SetAside
+from ..safety import SafetyPolicy
 from ..training import dpo, rl, sft
 from ..training.dpo import DPOSummary
+from ..training.launch import Later, spread
 from ..training.rl import RLSummary
 from ..training.sft import TrainingSummary
-from ..workshop import Workshop, candidates
+from ..workshop import Workshop, candidates, open_rewards
 
 
 def train_sft(shop: Workshop, work: Work) -> TrainingSummary:
@@ -19,9 +27,10 @@ def train_sft(shop: Workshop, work: Work) -> TrainingSummary:
     rewrites = tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
     examples += [example for example in rewrites if example.user_id not in aside]
     with progress("sft") as advance:
-        return sft.train_sft(
-            work, shop.config.sft, shop.parent_folder, examples, threads=shop.threads, device=shop.device,
-            on_progress=advance,
+        return spread(
+            shop.config.parallel, sft.train_sft, work, shop.config.sft, shop.parent_folder, examples,
+            threads=shop.threads, device=shop.device,
+            gradient_checkpointing=shop.config.parallel.gradient_checkpointing, on_progress=advance,
         )  # fmt: skip
 
 
@@ -31,9 +40,10 @@ def train_dpo(shop: Workshop, work: Work) -> DPOSummary:
     pairs = tables.read(work.inputs["pairs"] / "pairs.parquet", Preference)
     pairs = [pair for pair in pairs if pair.user_id not in aside]
     with progress("dpo") as advance:
-        return dpo.train_dpo(
-            work, shop.config.dpo, work.inputs["model"] / "model", pairs, threads=shop.threads,
-            device=shop.device, on_progress=advance,
+        return spread(
+            shop.config.parallel, dpo.train_dpo, work, shop.config.dpo, work.inputs["model"] / "model", pairs,
+            threads=shop.threads, device=shop.device,
+            gradient_checkpointing=shop.config.parallel.gradient_checkpointing, on_progress=advance,
         )  # fmt: skip
 
 
@@ -43,12 +53,25 @@ def train_rl(shop: Workshop, work: Work) -> RLSummary:
     prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
     wanted = config.steps * config.prompts_per_step
     chosen = rl.choose_prompts(prompts, drawn, wanted, config.ordinary_share, work.seed)
+    judge: Any = Later(partial(_open_pointwise, shop.config, work))  # every worker has its own
+    safety: Any = Later(_open_safety)
+    if shop.config.parallel.processes == 1:
+        judge, safety = shop.rewards(work).pointwise, shop.safety
     with progress("rl") as advance:
-        return rl.train_rl(
-            work, config, work.inputs["model"] / "model", chosen, shop.rewards(work).pointwise,
-            shop.safety, threads=shop.threads, batch_replies=shop.config.models.batch_replies, device=shop.device,
+        return spread(
+            shop.config.parallel, rl.train_rl, work, config, work.inputs["model"] / "model", chosen, judge, safety,
+            threads=shop.threads, batch_replies=shop.config.models.batch_replies, device=shop.device,
             on_progress=advance,
         )  # fmt: skip
+
+
+def _open_pointwise(config: FlywheelConfig, work: Work, device: str) -> Any:
+    encoder = shared_encoder(encoder_folder(config.models.encoder), config.models.threads)
+    return open_rewards(config, work, encoder, config.models.threads, device).pointwise
+
+
+def _open_safety(device: str) -> SafetyPolicy:
+    return SafetyPolicy()
 
 
 def _set_aside(work: Work) -> set[str]:
