@@ -15,7 +15,7 @@ from ..ledger import Compared, Day, LedgerRow, Sample
 from ..pipeline import write_atomically
 from ..records import Estimate
 from ..reward.summary import no_judge
-from . import optimised, rewards, words
+from . import herding, optimised, rewards, runs, words
 from .figures import (
     Axis,
     Bar,
@@ -47,12 +47,13 @@ STYLE_ROWS = 14
 
 @dataclass(frozen=True)
 class ReportData:
-    """The generation the page is about, all generations so far, its sample conversations and its judges' report."""
+    """The generation the page is about, all so far, its sample conversations, its judges' report, its training."""
 
     row: LedgerRow
     history: tuple[LedgerRow, ...]
     samples: tuple[Sample, ...]
     judged: rewards.Judged
+    herded: runs.Runs
 
 
 def load(workspace: Path) -> ReportData:
@@ -67,7 +68,8 @@ def load(workspace: Path) -> ReportData:
         if not file.exists():
             raise FlywheelError(f"{file} is missing, though the ledger names it: run `flywheel run {workspace}` again.")
         samples = tuple(tables.read_jsonl(file, Sample))
-    return ReportData(rows[-1], tuple(rows), samples, rewards.load(workspace, rows[-1]))
+    row = rows[-1]
+    return ReportData(row, tuple(rows), samples, rewards.load(workspace, row), runs.load(workspace, row))
 
 
 def write_numbers(path: Path, data: ReportData, figures: Mapping[str, Figure]) -> None:
@@ -88,6 +90,7 @@ def all_figures(data: ReportData) -> dict[str, Figure]:
     made = [_loop(row), _win_rates(row), *_production(row), _steerability(row), *_style(row)]
     made += rewards.figures(row, data.judged)
     made += optimised.figures(row.overoptimisation, no_judge(row.reward.gold_accuracy) is None)
+    made += herding.figures(data.herded)
     made += [*_experiment(row), *_kept(row), *_timings(row), *_trend(data.history)]
     return {figure.name: figure for figure in made}
 

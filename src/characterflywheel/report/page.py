@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from ..pipeline import write_atomically
 from . import data as report_data
-from . import rewards, story, words
+from . import herding, rewards, story, words
 from .data import ReportData
 from .figures import Figure
 
@@ -42,6 +42,8 @@ def render(data: ReportData, figures: dict[str, Figure]) -> str:
         samples=data.samples,
         judged=data.judged,
         rewards=rewards,
+        herded=data.herded,
+        herding=herding,
         figures=figures,
         style_names=[c.name for c in data.row.gate.criteria if c.name.startswith("style")],
         headline=story.headline(data.row),
