@@ -206,5 +206,5 @@ def test_a_bigger_sibling_on_a_server(port: int) -> None:
     with pytest.raises(FlywheelError, match="cannot be reached: start it, or correct source"):
         EndpointModel(address, "mock", patience_s=0.5).complete([ASKED] * 3, seeds=range(3))
     assert time.monotonic() - began < 20
-    with pytest.raises(FlywheelError, match="^source = 'ftp://host' is no address"):
+    with pytest.raises(FlywheelError, match=r"^source = 'ftp://host' is no address"):
         EndpointModel("ftp://host", "mock")
