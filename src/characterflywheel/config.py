@@ -301,7 +301,8 @@ class SFTConfig(Section):
     )
     max_examples: dict[ExampleSource, int] = Field({}, description="most examples of a source an epoch")
     max_token_share: dict[ExampleSource, float] = Field(
-        {}, description="largest share of an epoch's trained tokens that a source may have"
+        {},
+        description="largest share of an epoch's trained tokens that a source may have, give or take its last example",
     )
     near_duplicates: float | None = Field(
         0.8, gt=0, le=1, description="word-triple Jaccard similarity from which both the last message and the reply "
@@ -412,6 +413,19 @@ class SamplerConfig(Section):
         0, ge=0, description="endpoint: reloads that may fail in a row; what is drawn meanwhile is counted as stale"
     )
     memory_share: float = Field(0.4, gt=0, lt=1, exclude=True, description="vllm: of the GPU's memory")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.kind == "endpoint" and not (self.address and self.weights_folder):
+            raise ValueError(
+                'sampler "endpoint" needs address, e.g. "http://HOST:8000", and weights_folder, a folder that its '
+                "server reads too"
+            )
+        if self.precision == "bfloat16" and self.kind == "ctranslate2":
+            raise ValueError('precision "bfloat16" is not for "ctranslate2", which has "int8" and "float32"')
+        if self.precision == "int8" and self.kind != "ctranslate2":
+            raise ValueError(f'precision "int8" is for "ctranslate2", the sampler is {self.kind!r}')
+        return self
 
 
 class TermsConfig(Section):
