@@ -1,0 +1,169 @@
+"""Every alarm of RL on numbers worked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from training_fixture import prompt
+
+from characterflywheel.config import RLAlarmsConfig
+from characterflywheel.records import Estimate
+from characterflywheel.training.rl import watch
+from characterflywheel.training.rl.watch import Alarm, Look, Seen, alarms, entropy_share, look, looks_at, onsets, see
+
+CONFIG = RLAlarmsConfig()
+QUIET = Estimate(value=0.0, low=-1.0, high=1.0, n=8)
+SEEN = Seen(4, QUIET, Estimate(value=1.0, n=2), Estimate(value=0.5, low=0.4, high=0.6, n=8), QUIET, QUIET, ())
+
+
+def rung(seen: Seen, config: RLAlarmsConfig = CONFIG) -> list[str]:
+    return [one.kind for one in alarms(seen, config)]
+
+
+def test_a_quiet_look_rings_nothing() -> None:
+    assert alarms(SEEN, CONFIG) == []
+    unmeasured = Estimate(value=None, n=0, reason="nothing")
+    assert alarms(Seen(4, unmeasured, unmeasured, unmeasured, unmeasured, None, ()), CONFIG) == []
+
+
+@pytest.mark.parametrize(("value", "rings"), [(9.9, False), (10.1, True)])
+def test_kl_above_its_bound(value: float, rings: bool) -> None:
+    assert rung(SEEN._replace(kl=Estimate(value=value, low=5, high=15, n=8))) == ["kl"] * rings
+
+
+@pytest.mark.parametrize(("value", "rings"), [(0.51, False), (0.49, True)])
+def test_entropy_below_its_share(value: float, rings: bool) -> None:
+    assert rung(SEEN._replace(entropy_share=Estimate(value=value, n=2))) == ["entropy"] * rings
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "rings"), [(0.64, 0.6, False), (0.66, 0.51, True), (0.8, 0.45, False), (0.66, None, False)]
+)
+def test_a_win_rate_above_65_percent_that_is_no_chance(value: float, low: float | None, rings: bool) -> None:
+    """Few prompts win by luck: the interval must clear one half too."""
+    assert rung(SEEN._replace(win_rate=Estimate(value=value, low=low, high=0.9, n=8))) == ["win_rate"] * rings
+
+
+UP, DOWN = Estimate(value=0.5, low=0.1, high=0.9, n=8), Estimate(value=-0.5, low=-0.9, high=-0.1, n=8)
+
+
+@pytest.mark.parametrize(
+    ("score", "gold", "rings"),
+    [
+        (UP, DOWN, True),
+        (UP, QUIET, False),
+        (QUIET, DOWN, False),
+        (UP, UP, False),
+        (DOWN, DOWN, False),
+        (UP, None, False),
+    ],
+)
+def test_the_proxy_is_up_while_gold_is_down(score: Estimate, gold: Estimate | None, rings: bool) -> None:
+    assert rung(SEEN._replace(score=score, gold=gold)) == ["gold"] * rings
+
+
+def test_the_config_says_what_stops() -> None:
+    seen = SEEN._replace(kl=Estimate(value=20.0, low=18.0, high=22.0, n=8), score=UP, gold=DOWN)
+    config = RLAlarmsConfig(stop=("gold",))
+    assert [(one.kind, one.action) for one in alarms(seen, config)] == [("kl", "warn"), ("gold", "stop")]
+    kl = alarms(seen, config)[0]
+    assert (kl.step, kl.value, kl.bound, kl.low, kl.high, kl.n) == (4, 20.0, 10.0, 18.0, 22.0, 8)
+    assert kl.says == "KL to the start 20.00 nats a reply"
+
+
+def test_style_drift_needs_a_discovery_and_an_effect() -> None:
+    """Twelve prompts; later replies all have an emoji, nothing else changes. The interval is scaled with the effect."""
+    asked = {p.id: p for p in map(prompt, range(12))}
+    plain = [(id, f"the sea is cold {i}") for i, id in enumerate(asked)]
+    happy = [(id, f"{text} 🌊" if i else text) for i, (id, text) in enumerate(plain)]
+    assert alarms(SEEN._replace(style=watch.style_drift(asked, plain, plain, "later")), CONFIG) == []
+    rows = watch.style_drift(asked, plain, happy, "steps 1 to 4")
+    found = alarms(SEEN._replace(style=rows), CONFIG)
+    assert (
+        {"emojis", "has_emoji"}
+        <= {one.feature for one in found}
+        <= {"emojis", "has_emoji", "words", "characters", "unfinished"}
+    )
+    (emoji,) = (one for one in found if one.feature == "emojis")
+    (row,) = (one for one in rows if one.feature == "emojis")
+    values = np.array([0.0] * 12 + [0.0] + [1.0] * 11)
+    assert emoji.value == pytest.approx((11 / 12) / values.std())
+    assert emoji.low == pytest.approx(row.low / values.std())
+    assert emoji.says.startswith("emojis 0 to 0.917")
+    assert emoji.n == 12
+    strict = RLAlarmsConfig(style_effect=50.0)
+    assert alarms(SEEN._replace(style=rows), strict) == []
+
+
+# Looks
+
+
+def test_a_look_by_hand() -> None:
+    """Against the start's 1: 1 ties, 2 wins: 0.75. Gold: mean of 0, 4 less 5."""
+    one = look(8, prompt(3), [1.0, 3.0], [1.0, 2.0], [1.0], [0.0, 4.0], [5.0])
+    assert one == Look(step=8, prompt_id="prompt-03", user_id="u3", kl=2.0, win_rate=0.75, score=0.5, gold=-3.0)
+    assert look(8, prompt(3), [1.0], [1.0], [2.0]).gold is None
+
+
+def test_which_steps_are_looked_at() -> None:
+    assert [s for s in range(1, 11) if looks_at(s, 10, 4)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if looks_at(s, 10, 0)] == []
+
+
+def test_entropy_is_compared_between_steps_that_do_not_overlap() -> None:
+    assert entropy_share([2.0, 2.0, 1.0, 1.0], 4).value == 0.5
+    assert entropy_share([2.0, 9.0, 1.0], 4) == Estimate(value=0.5, n=1)
+    assert entropy_share([4.0, 2.0, 9.0, 9.0, 1.0, 0.5], 2) == Estimate(value=0.25, n=2)
+    assert entropy_share([2.0], 4).value is None
+    assert "at least two" in str(entropy_share([], 4).reason)
+
+
+def looks(step: int, rng: np.random.Generator) -> list[Look]:
+    return [
+        Look(step=step, prompt_id=f"p{step}-{i}", user_id=f"u{step}-{i}", kl=float(rng.normal(3)),
+             win_rate=float(rng.integers(0, 5)) / 4, score=float(rng.normal(1)), gold=float(rng.normal()))
+        for i in range(6)
+    ]  # fmt: skip
+
+
+def test_the_last_looks_are_pooled_and_kl_is_the_newest() -> None:
+    rng = np.random.default_rng(1)
+    rows = [one for step in (2, 4, 6) for one in looks(step, rng)]
+    seen = see(rows, [1.0, 0.5], [], window=2)
+    pooled, newest = [r for r in rows if r.step > 2], [r for r in rows if r.step == 6]
+    assert seen.step == 6
+    assert (seen.kl.n, seen.win_rate.n) == (6, 12)
+    assert seen.kl.value == pytest.approx(np.mean([r.kl for r in newest]))
+    expected = stats.t.interval(0.95, 11, np.mean([r.gold for r in pooled]), stats.sem([r.gold for r in pooled]))
+    assert seen.gold is not None
+    assert (seen.gold.low, seen.gold.high) == pytest.approx(expected)
+    assert seen.win_rate.value == pytest.approx(np.mean([r.win_rate for r in pooled]))
+    assert seen.entropy_share.value == 0.5
+    assert seen.metrics().keys() == {"kl_to_start", "entropy_share", "win_rate", "score_gain", "gold_gain"}
+    blind = see([r.model_copy(update={"gold": None}) for r in rows], [], [], window=2)
+    assert blind.gold is None
+    assert blind.metrics().keys() == {"kl_to_start", "win_rate", "score_gain"}
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=5), st.lists(st.floats(-5, 5), min_size=1, max_size=5))
+def test_win_rates_turned_round_add_up_to_one(mine: list[float], theirs: list[float]) -> None:
+    there, back = look(1, prompt(0), [0.0], mine, theirs), look(1, prompt(0), [0.0], theirs, mine)
+    assert there.win_rate + back.win_rate == pytest.approx(1)
+    assert 0 <= there.win_rate <= 1
+
+
+def test_an_alarm_is_told_once_while_it_rings() -> None:
+    def at(step: int, *kinds: str) -> list[Alarm]:
+        return [
+            Alarm(step=step, kind=kind, feature=feature or None, value=1, bound=0, low=None, high=None, n=1,
+                  action="warn", says="")
+            for kind, _, feature in (one.partition(" ") for one in kinds)
+        ]  # fmt: skip
+
+    told = onsets([at(1), at(2, "kl", "style words"), at(3, "kl", "style emojis"), at(4), at(5, "kl")])
+    assert [(one.step, one.kind, one.feature) for one in told] == [
+        (2, "kl", None), (2, "style", "words"), (3, "style", "emojis"), (5, "kl", None)
+    ]  # fmt: skip
+    assert onsets([]) == []
+    assert [one.step for one in onsets([at(1, "kl")])] == [1]
