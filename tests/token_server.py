@@ -7,6 +7,7 @@ temperature 1 unless it is started otherwise, and loads weights from a folder, a
 
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class TokenServer:
         self.asked: list[tuple[str, Any]] = []
         self.faults: dict[str, list[Response]] = {}
         self.change = lambda answer: answer
+        self.lives: float = math.inf  # replies after which it only says that it is away
         self.lock = threading.Lock()
         self.app = FastAPI()
         self.app.add_api_route("/{path:path}", self.answer, methods=["GET", "POST"])
@@ -44,9 +46,12 @@ class TokenServer:
             self.asked.append((path, body))
             if self.faults.get(path):
                 return self.faults[path].pop(0)
+            if self.lives <= 0:
+                return Response("gone", status_code=503)
             if path == "/v1/models":
                 return Response(json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}))
             if path == "/v1/completions":
+                self.lives -= 1
                 return Response(json.dumps(self.change(self.complete(body))))
             if path == "/collective_rpc":
                 assert body["method"] == "reload_weights"
@@ -104,11 +109,6 @@ def listening(server: TokenServer, port: int = 0) -> Iterator[str]:
 
 def nowhere() -> str:
     """An address at which nobody listens."""
-    import socket  # noqa: PLC0415
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
-
-
-NAN = math.nan

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ...config import RLConfig
-from ...errors import FlywheelError
 from ...llm.base import Sampling
 from ...llm.chat_format import ChatFormat
 from ...llm.shared_prefix import Segment
@@ -66,13 +65,7 @@ class Place(NamedTuple):
 
     def dtype(self, automatic: torch.dtype) -> torch.dtype:
         """What the configuration asks for, `automatic` if it leaves that open."""
-        wanted = self.config.sampler.precision
-        if wanted == "int8":
-            raise FlywheelError(
-                f'rl.sampler.precision = "int8" is for ctranslate2, the sampler is {self.config.sampler.kind!r}: '
-                'choose "float32" or "bfloat16".'
-            )
-        return DTYPES.get(wanted, automatic)
+        return DTYPES.get(self.config.sampler.precision, automatic)
 
 
 class Sampler:

@@ -108,10 +108,7 @@ def _transformers(place: Place) -> Sampler:
 
 
 def _ctranslate2(place: Place) -> Sampler:
-    wanted = place.config.sampler.precision
-    if wanted == "bfloat16":
-        raise FlywheelError('rl.sampler.precision = "bfloat16" is not for ctranslate2: choose "int8" or "float32".')
-    precision: ct2.Precision = "float32" if wanted == "float32" else "int8"
+    precision: ct2.Precision = "float32" if place.config.sampler.precision == "float32" else "int8"
     if place.device != "cpu":
         raise FlywheelError(f'sampler "ctranslate2" runs on "cpu", not {place.device!r}: set rl.sampler to "native".')
     engine = ct2.CTranslate2Model(
@@ -133,11 +130,8 @@ def _vllm(place: Place) -> Sampler:
 
 def _endpoint(place: Place) -> Sampler:
     config, here = place.config, place.config.sampler
-    if here.address is None or here.weights_folder is None:
-        raise FlywheelError(
-            'sampler "endpoint" needs rl.sampler.address, e.g. "http://HOST:8000", and rl.sampler.weights_folder, a '
-            "folder that its server reads too."
-        )
+    assert here.address is not None, "the configuration has seen to it"
+    assert here.weights_folder is not None, "as above"
     vocabulary = json.loads((place.folder / "config.json").read_text(encoding="utf-8")).get("vocab_size", 0)
     engine = EndpointModel.at(
         here.address, place.tokenizer, "rl", key_env=here.key_env, patience_s=here.patience_s,
