@@ -12,6 +12,7 @@ from report_fixture import HOSTILE, about
 
 from characterflywheel import tables
 from characterflywheel.ledger import LedgerRow
+from characterflywheel.style.monitor import Difference
 from characterflywheel.training.dpo import DPOSummary
 from characterflywheel.training.mixture import MixtureReport, SourceShare
 from characterflywheel.training.rejection_sampling import Acceptance, CandidateScore, RejectionSummary
@@ -25,18 +26,28 @@ DAY = datetime(2026, 1, 12, tzinfo=UTC)
 
 
 def write_runs(workspace: Path, row: LedgerRow, *, stopped: bool = False) -> None:
-    """Selection, SFT, DPO and RL of a generation, in the folders that its ledger row names."""
-    at = {name: workspace / "artifacts" / row.stages[name] for name in ("rejection_sampling", "sft", "dpo", "rl")}
+    """Selection, SFT, DPO, RL and style of a generation, in the folders that its ledger row names."""
+    stages = ("rejection_sampling", "sft", "dpo", "rl", "style")
+    at = {name: workspace / "artifacts" / row.stages[name] for name in stages}
     for folder in at.values():
         folder.mkdir(parents=True)
     _selection(at["rejection_sampling"])
     _tuning(at["sft"], at["dpo"])
     _climbing(at["rl"], stopped)
+    tables.write(at["style"] / "style.parquet", Difference, [_shift("rejected to chosen", 0.3), _shift("a to b", 0.1)])
 
 
 def _artifact(folder: Path, summary: BaseModel, **config: Any) -> None:
     told = {"summary": summary.model_dump(mode="json"), "config": config}
     (folder / "artifact.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def _shift(comparison: str, effect: float) -> Difference:
+    return Difference(
+        comparison=comparison, kind="pairs", first="rejected", second="chosen", feature="says: <b>", binary=True,
+        first_mean=0.1, second_mean=0.2, difference=0.1, low=0.04, high=0.16, ratio=2.0, effect=effect, p=0.001,
+        q=0.01, n=40, method="welch", alarm=effect >= 0.2,
+    )  # fmt: skip
 
 
 def _selection(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from characterflywheel import tables
 from characterflywheel.config import RLAlarmsConfig, RLConfig
 from characterflywheel.report import herding, lines, runs, write_report
+from characterflywheel.style.monitor import Difference
 from characterflywheel.training.dpo import DPOSummary
 from characterflywheel.training.mixture import SourceShare
 from characterflywheel.training.rejection_sampling import Acceptance, CandidateScore, RejectionSummary
@@ -43,7 +44,7 @@ def found(workspace: Path) -> runs.Runs:
         (runs.Acceptance, Acceptance), (runs.Scored, CandidateScore), (runs.Selected, RejectionSummary),
         (runs.Source, SourceShare), (runs.SourceLoss, SourceLoss), (runs.Tuned, TrainingSummary),
         (runs.Patched, DPOSummary), (runs.Climbed, RLSummary), (runs.Alarm, Alarm), (runs.Stopped, Stop),
-        (runs.Bounds, RLAlarmsConfig),
+        (runs.Bounds, RLAlarmsConfig), (runs.StyleAlarm, Difference),
     ],
 )  # fmt: skip
 def test_the_page_reads_fields_that_are_written(read: type[BaseModel], written: type[BaseModel]) -> None:
@@ -147,6 +148,13 @@ def test_a_curve_passes_through_its_points_and_few_steps_are_whole() -> None:
     assert [tuple(map(float, at.split(","))) for at in curve[1].split()] == dots
     assert dots[0][1] > dots[2][1] > dots[1][1]
     assert re.findall(r'text-anchor="\w+">([^<]+)<', html) == ["1", "2", "3"]
+
+
+def test_alarms_of_style_are_told_by_comparison(workspace: Path, found: runs.Runs) -> None:
+    assert [one.comparison for one in found.style] == ["rejected to chosen"]
+    page = write_report(workspace).read_text(encoding="utf-8")
+    assert "1 alarm by comparison" in page
+    assert re.search(r"<td>rejected to chosen</td><td>Says: &lt;b&gt;</td>.*not the same ones", page)
 
 
 def test_text_from_people_is_escaped(workspace: Path) -> None:

@@ -180,6 +180,23 @@ class _Settings(_Read):
     alarms: Bounds = Bounds()
 
 
+class StyleAlarm(_Read):
+    """A style feature by which the two sides of a comparison differ, beyond chance and by more than a trifle."""
+
+    comparison: str
+    feature: str
+    first_mean: float | None
+    second_mean: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    effect: float | None
+    q: float | None
+    n: int
+    method: str
+    alarm: bool
+
+
 class Runs(NamedTuple):
     """What was found of a generation's herding; None and () where there is nothing."""
 
@@ -194,6 +211,7 @@ class Runs(NamedTuple):
     climbed: Climbed | None = None
     rl: tuple[RLLine, ...] = ()
     bounds: Bounds = Bounds()
+    style: tuple[StyleAlarm, ...] = ()
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -203,7 +221,8 @@ def load(workspace: Path, row: LedgerRow) -> Runs:
     """The herding stages' files of a generation, as far as this workspace has them."""
     at = {name: workspace / "artifacts" / folder for name, folder in row.stages.items()}
     nowhere = workspace / "artifacts" / "none"
-    selection, sft, dpo, rl = (at.get(name, nowhere) for name in ("rejection_sampling", "sft", "dpo", "rl"))
+    stages = ("rejection_sampling", "sft", "dpo", "rl", "style")
+    selection, sft, dpo, rl, style = (at.get(name, nowhere) for name in stages)
     tuned = _part(sft / "artifact.json", "summary", Tuned)
     mixture = _part(sft / "mixture.json", "sources", Source)
     return Runs(
@@ -218,6 +237,7 @@ def load(workspace: Path, row: LedgerRow) -> Runs:
         climbed=_first(_part(rl / "artifact.json", "summary", Climbed)),
         rl=_lines(rl / "metrics.jsonl", RLLine),
         bounds=(_first(_part(rl / "artifact.json", "config", _Settings)) or _Settings()).alarms,
+        style=tuple(one for one in _table(style / "style.parquet", StyleAlarm) if one.alarm),
     )
 
 
