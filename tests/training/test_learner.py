@@ -1,11 +1,10 @@
+import json
 import math
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from training_fixture import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,19 +13,16 @@ from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.shared_prefix import Path as TokenPath
 from characterflywheel.llm.shared_prefix import reply_logprobs
 from characterflywheel.training import learner as learning
-from characterflywheel.training.learner import MICRO_BATCH_TOKENS, Learner, micro_batches, reply_sums
+from characterflywheel.training.learner import Learner, reply_sums, write_metrics
 from characterflywheel.training.losses import per_reply
 from tiny_model import asks
 
 STEPS = 6
 
 
-def learner(
-    folder: Path, partial: Path | None = None, *, train_layers: int | None = None, rate: float = 1e-2
-) -> Learner:
+def learner(folder: Path, partial: Path | None = None, *, rate: float = 1e-2, **options: Any) -> Learner:
     return Learner(
-        folder, learning_rate=rate, steps=STEPS, max_prompt_tokens=128, threads=1, train_layers=train_layers,
-        partial=partial,
+        folder, learning_rate=rate, steps=STEPS, max_prompt_tokens=128, threads=1, partial=partial, **options
     )  # fmt: skip
 
 
@@ -187,18 +183,112 @@ def test_reply_sums_have_no_gradient(tiny_folder: Path) -> None:
     assert not sums.requires_grad
 
 
-SIZES = st.lists(st.lists(st.integers(1, 700), min_size=1, max_size=3), max_size=12)
+def test_with_adapters_the_weights_stay_and_a_plain_model_is_saved(tiny_folder: Path, tmp_path: Path) -> None:
+    mine = learner(tiny_folder, lora_rank=2)
+    assert all(".lora_" in name for name, p in mine.model.named_parameters() if p.requires_grad)
+    frozen = {name: value for name, value in state(mine).items() if "lora" not in name}
+    take_step(mine, 0)
+    take_step(mine, 1)
+    assert changed(frozen, state(mine)) == set()
+    mine.save(tmp_path / "model")
+    with torch.no_grad():
+        learnt = reply_logprobs(mine.model, paths(mine)).logprobs
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert torch.allclose(reply_logprobs(plain, paths(mine)).logprobs, learnt, atol=1e-5)
+    parent = weights(tiny_folder)
+    moved = changed(parent, weights(tmp_path / "model"))
+    assert moved == {name for name in parent if "_proj" in name}
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json",
+    }  # fmt: skip
 
 
-@given(SIZES)
-def test_micro_batches_keep_order_and_stay_near_their_size(sizes: list[list[int]]) -> None:
-    """Items of several paths under one prompt; the prompt counts once, since it is run once."""
-    prompts = [(i,) * 10 for i in range(len(sizes))]
-    items = [(i, [(prompts[i], (j,) * n) for j, n in enumerate(several)]) for i, several in enumerate(sizes)]
-    batches = list(micro_batches(items))
-    assert [item for batch in batches for item in batch] == items
-    tokens = [10 + sum(several) for several in sizes]
-    for batch in batches:
-        assert len(batch) == 1 or sum(tokens[i] for i, _ in batch) <= MICRO_BATCH_TOKENS
-    for one, two in pairwise(batches):
-        assert sum(tokens[i] for i, _ in one) + tokens[two[0][0]] > MICRO_BATCH_TOKENS, "as few batches as fit"
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"train_layers": 1}, {"lora_rank": 2, "train_layers": 1}])
+def test_a_checkpoint_holds_what_is_trained_and_resumes_to_the_same_bits(
+    options: dict[str, int], tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole, killed = learner(tiny_folder, **options), learner(tiny_folder, tmp_path, **options)
+    for mine, steps in ((whole, STEPS), (killed, 3)):
+        for step in range(steps):
+            take_step(mine, step)
+            mine.evaluated(5.0 - step if step < 2 else 4.5, keep_best=True)
+    torch.manual_seed(7)
+    killed.save_checkpoint()
+    drawn = torch.rand(3)
+    resumed = learner(tiny_folder, tmp_path, **options)
+    assert torch.equal(torch.rand(3), drawn), "random numbers go on too"
+    assert resumed.evaluations_since_best() == 1
+    for step in resumed.remaining_steps():
+        take_step(resumed, step)
+        resumed.evaluated(4.5, keep_best=True)
+    assert changed(state(whole), state(resumed)) == set()
+    assert resumed.evaluations == whole.evaluations
+    assert (whole.return_to_best(), resumed.return_to_best()) == (2, 2)
+    assert changed(state(whole), state(resumed)) == set()
+
+
+def test_the_best_weights_come_back(tiny_folder: Path) -> None:
+    mine = learner(tiny_folder)
+    mine.evaluated(3.0, keep_best=True)
+    assert (mine.return_to_best(), mine.evaluations_since_best()) == (0, 0)
+    take_step(mine, 0)
+    mine.evaluated(2.0, keep_best=True)
+    best = state(mine)
+    take_step(mine, 1)
+    mine.evaluated(2.0, keep_best=True)
+    take_step(mine, 2)
+    mine.evaluated(2.5, keep_best=True)
+    assert mine.evaluations_since_best() == 2
+    assert mine.return_to_best() == 1
+    assert changed(best, state(mine)) == set()
+
+
+def test_without_an_evaluation_the_weights_are_the_last_step_s(tiny_folder: Path) -> None:
+    mine = learner(tiny_folder)
+    take_step(mine, 0)
+    before = state(mine)
+    assert (mine.return_to_best(), mine.evaluations_since_best()) == (1, 0)
+    assert changed(before, state(mine)) == set()
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"), [(math.nan, "loss is nan, must be finite"), (9.5, "loss is 9.5, at most 9 is allowed")]
+)
+def test_a_loss_that_diverged_is_told_with_what_came_before(loss: float, told: str, tiny_folder: Path) -> None:
+    mine = learner(tiny_folder, max_loss=9.0)
+    take_step(mine, 0)
+    before, last = state(mine), f"{mine.log[0]['loss']:.4g}"
+    with pytest.raises(FlywheelError, match=f"step 2 of 6: {told}; lower the learning rate .*last losses: {last}"):
+        mine.update(loss=loss)
+    assert changed(before, state(mine)) == set()
+    with pytest.raises(FlywheelError, match="evaluation loss is inf, must be finite"):
+        mine.evaluated(math.inf)
+
+
+def test_checkpointed_layers_have_the_same_gradient(tiny_folder: Path) -> None:
+    plain, spare = learner(tiny_folder), learner(tiny_folder, gradient_checkpointing=True)
+    for mine in (plain, spare):
+        take_step(mine, 0)
+    assert plain.log == spare.log
+    assert changed(state(plain), state(spare)) == set()
+
+
+def test_a_checkpoint_is_written_after_the_last_step(tiny_folder: Path, tmp_path: Path) -> None:
+    mine = learner(tiny_folder, tmp_path)
+    for step in mine.remaining_steps():
+        take_step(mine, step)
+    assert learner(tiny_folder, tmp_path).step == STEPS
+
+
+def test_metrics_have_steps_and_evaluations_in_their_order(tiny_folder: Path, tmp_path: Path) -> None:
+    mine = learner(tiny_folder)
+    mine.evaluated(6.0)
+    for step in range(2):
+        take_step(mine, step)
+        mine.evaluated(5.0 - step, evaluation_loss_user=5.5)
+    write_metrics(tmp_path, mine)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["step"], "evaluation_loss" in row) for row in rows] == [
+        (0, True), (1, False), (1, True), (2, False), (2, True),
+    ]  # fmt: skip
+    assert rows[-1] == {"step": 2, "evaluation_loss": 4.0, "evaluation_loss_user": 5.5}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ from ..llm.native import fast_dtype, load_model
 from ..llm.shared_prefix import Path as TokenPath
 from ..llm.shared_prefix import reply_logprobs
 from . import adapters
-from .batching import MICRO_BATCH_TOKENS
 from .losses import per_reply
 from .parallel import Parallel, local
 
-T = TypeVar("T")
 CHECKPOINT_SECONDS = 60.0
 SAVING_SECONDS = 3.0  # a checkpoint that takes longer is written less often, so that it costs a twentieth of the time
 
@@ -271,21 +269,6 @@ def write_metrics(folder: Path, learner: Learner) -> None:
     rows = sorted([*learner.log, *learner.evaluations], key=lambda row: row["step"])
     if learner.parallel.main:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def micro_batches(items: Sequence[tuple[T, Sequence[TokenPath]]]) -> Iterator[list[tuple[T, Sequence[TokenPath]]]]:
-    """Group items (each with its token paths) so that a forward pass stays near `MICRO_BATCH_TOKENS` tokens."""
-    batch: list[tuple[T, Sequence[TokenPath]]] = []
-    tokens = 0
-    for item in items:
-        size = sum(len(s) for s in {segment for path in item[1] for segment in path})
-        if batch and tokens + size > MICRO_BATCH_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(item)
-        tokens += size
-    if batch:
-        yield batch
 
 
 def _freeze_below(model: Any, train_layers: int) -> None:
