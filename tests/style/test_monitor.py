@@ -36,6 +36,21 @@ def test_a_planted_emoji_habit_is_the_alarm_and_noise_is_not() -> None:
     assert emojis.low > 0.2
 
 
+def test_no_alarm_is_told_beside_an_interval_that_holds_zero() -> None:
+    """Of two replies to each of 40 prompts, one says sorry at 8 prompts, then none. The t test of the means is sure;
+    Newcombe's interval, which takes a mean of two flags for one flag, is not: -0.1 + hypot(0.0876, 0.0604) > 0.
+    """
+    names = tuple(map(str, range(40)))
+    flags = np.array([[1.0, 0.0]] * 8 + [[0.0, 0.0]] * 32)
+    sides = [Side(name, names, names, x.mean(1)[:, None], x.reshape(-1, 1)) for name, x in
+             (("first", flags), ("second", 0 * flags))]  # fmt: skip
+    (row,) = compare("selection", *sides, {"sorry": FEATURES["sorry"]})
+    assert row.q == pytest.approx(stats.ttest_1samp(flags.mean(1), 0).pvalue)
+    assert (row.q < 0.05, row.difference, row.alarm) == (True, pytest.approx(-0.1), False)
+    assert row.effect == pytest.approx(-0.1 / np.sqrt(0.05 * 0.95))
+    assert row.high == pytest.approx(-0.1 + np.hypot(0.0876, 0.0604), abs=1e-3)
+
+
 def test_false_discoveries_are_controlled() -> None:
     """50 comparisons of one model with itself: at a false discovery rate of 5%, about 2.5 have an alarm."""
     sides = [side("same", _replies(seed, 30)) for seed in range(51)]

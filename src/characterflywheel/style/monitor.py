@@ -5,7 +5,8 @@ and what SFT learnt, one checkpoint and the next, the beginning of RL and what i
 prompt first, so that a prompt with eight candidates counts once. Where the sides answer the same prompts, differences
 are paired by prompt; where they do not, means are compared as Welch does. Intervals are clustered by user. Over the
 features of one comparison the false discovery rate is controlled (Benjamini and Hochberg 1995), so that where two
-sides do not differ at all, at most a twentieth of such comparisons has a discovery. An alarm needs an effect too.
+sides do not differ at all, at most a twentieth of such comparisons has a discovery. An alarm needs an effect
+too, and an interval clear of zero: that of rare flags is wider than their test.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,5 +172,6 @@ def _test(a: Side, b: Side, number: int, *, binary: bool, paired: bool) -> tuple
 
 
 def _with_alarm(row: Difference, q: float) -> Difference:
-    alarm = q < FALSE_DISCOVERY_RATE and row.effect is not None and abs(row.effect) >= EFFECT_ALARM
+    clear = row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
+    alarm = clear and q < FALSE_DISCOVERY_RATE and row.effect is not None and abs(row.effect) >= EFFECT_ALARM
     return row.model_copy(update={"q": q, "alarm": alarm})
