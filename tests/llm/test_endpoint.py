@@ -14,7 +14,8 @@ from fastapi import Response
 
 from characterflywheel.errors import FlywheelError, SamplerGone
 from characterflywheel.llm import Sampling
-from characterflywheel.llm.endpoint import Endpoint, EndpointModel
+from characterflywheel.llm.connection import Endpoint
+from characterflywheel.llm.endpoint import EndpointModel
 from tiny_model import asks, tiny_tokenizer
 from token_server import TokenServer, exact, listening, nowhere
 
@@ -72,6 +73,8 @@ def test_replies_are_the_server_s(served: tuple[TokenServer, EndpointModel]) -> 
             own = exact(server.model.model, (*head, *rest), list(reply.token_ids), 0.7)
             assert reply.logprobs == pytest.approx(own, abs=1e-4)
             assert reply.finish_reason == ("stop" if reply.token_ids[-1] in model.ends else "length")
+    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert all(body.items() >= plain.items() for path, body in server.asked if path == "/v1/completions")
     assert model.sample([], n=2, sampling=SAMPLING, seeds=[]) == []
     with pytest.raises(ValueError, match="as many seeds"):
         model.sample([((), (1,))], n=2, sampling=SAMPLING, seeds=[])

@@ -10,13 +10,16 @@ from typing import Any, get_args
 import pytest
 import torch
 from fastapi import Response
+from processes import together
 
 from characterflywheel.config import RLConfig, SamplerConfig
 from characterflywheel.errors import FlywheelError, SamplerGone
 from characterflywheel.llm import Sampling
 from characterflywheel.llm.native import NativeModel, load_model
 from characterflywheel.training.adapters import attach
+from characterflywheel.training.parallel import Parallel
 from characterflywheel.training.rl.samplers import OPENERS, RolloutSampler, open_sampler
+from characterflywheel.training.sharding import load_sharded
 from tiny_model import asks, tiny_llama, tiny_tokenizer
 from token_server import TokenServer, exact, listening, nowhere
 
@@ -263,6 +266,48 @@ def test_settings_that_do_not_go_together_are_refused(tiny_folder: Path, tmp_pat
     sampler = opened(tiny_folder, tmp_path)
     with pytest.raises(FlywheelError, match=r"the learner has no weights model.layers.1"):
         sampler.push(other)
+
+
+def push_shards(parallel: Parallel, folder: Path, scratch: Path, settings: dict[str, str]) -> Any:
+    """What one of several processes draws after a push of weights that are split over all."""
+    learner = load_sharded(folder, parallel, "cpu")
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.mul_(1.1)
+    config = RLConfig(sampler=SamplerConfig.model_validate(settings), max_prompt_tokens=128, max_tokens=8)
+    sampler = open_sampler(
+        config, folder, tiny_tokenizer(), scratch=scratch, threads=1, batch_replies=8, parallel=parallel
+    )
+    sampler.push(learner, version=5)
+    replies, versions = drawn(sampler), sampler.versions
+    parallel.barrier()
+    sampler.close()
+    return replies, versions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["native", "endpoint"])
+def test_weights_that_are_split_over_processes_are_pushed_whole(
+    tiny_folder: Path, tmp_path: Path, server: tuple[TokenServer, str], kind: str
+) -> None:
+    """Each process has a sampler of its own, or asks the same server, which the main one tells to load them."""
+    settings = {"kind": kind, "precision": "float32"}
+    if kind == "endpoint":
+        server[0].faults, server[0].asked, server[0].change = {}, [], lambda answer: answer
+        settings |= {"address": server[1], "weights_folder": str(tmp_path / "weights"), "reload": "/reload"}
+    one, two = together(push_shards, tiny_folder, tmp_path / "scratch", settings, sharding="full")
+    assert one == two
+    grown = tiny_model(tiny_folder)
+    with torch.no_grad():
+        for parameter in grown.parameters():
+            parameter.mul_(1.1)
+    replies, versions = one
+    sampler = opened(tiny_folder, tmp_path / "alone", precision="float32")
+    assert apart(sampler, grown, replies) < 1e-4 < apart(sampler, tiny_model(tiny_folder), replies)
+    assert {version for several in versions for version in several} == {5}
+    if kind == "endpoint":
+        assert [path for path, _ in server[0].asked].count("/reload") == 2, "the start's, and the pushed"
+        assert not list((tmp_path / "weights").iterdir())
 
 
 class StandIn:

@@ -4,43 +4,38 @@ Prompts go to `/v1/completions` as token ids, so that both sides mean the same t
 that were drawn. A server that is away is asked again with longer and longer pauses until `patience_s` is over, then
 it is gone. One that answers something else than what was asked for is an error at once.
 
-    vllm serve FOLDER --logprobs-mode processed_logprobs --max-logprobs 1
+    VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --logprobs-mode processed_logprobs
+
+The variable is for RL, which has to reload weights; a server like that is for a trusted network only.
 """
 
-import itertools
 import math
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from ..errors import FlywheelError, SamplerGone
+from ..errors import FlywheelError
 from ..records import ChatMessage, Record
 from .base import Sampling
 from .chat_format import ChatFormat
+from .connection import CONCURRENT, Endpoint
 from .shared_prefix import Segment
 from .token_sampler import Drawn, TokenSampler
 
-CONCURRENT = 32
-"""Requests at once; a server batches them itself."""
-_AWAY = frozenset({429, 502, 503, 504})
-_LOSSES = 3
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _ROUNDING = 1e-3  # by how much half precision may put a log-probability above 0
 _SAME = 0.05  # and how far it may put two that are the same apart
 _TOKEN = re.compile(r"token_id:(\d+)")
-A = TypeVar("A", bound=BaseModel)
 
 
 class CompletionRequest(Record):
-    """What is asked of `/v1/completions`: OpenAI's fields, and vLLM's for tokens."""
+    """What is asked of `/v1/completions`: OpenAI's fields, and vLLM's for tokens.
+
+    What bends the distribution is switched off by name, as a server may take it from the model's generation_config.
+    """
 
     model: str
     prompt: tuple[int, ...]
@@ -50,6 +45,11 @@ class CompletionRequest(Record):
     top_p: float
     seed: int
     stop_token_ids: tuple[int, ...]
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logprobs: int = 1
     skip_special_tokens: bool = False
     return_token_ids: bool = True
@@ -86,81 +86,6 @@ class _Model(BaseModel):
 
 class _Models(BaseModel):
     data: list[_Model] = Field(min_length=1)
-
-
-class Endpoint:
-    """One server: asks, asks again, and reads the answers. Threads may share it."""
-
-    def __init__(
-        self, address: str, *, key: str = "", patience_s: float = 60.0, timeout_s: float = 600.0,
-        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
-    ) -> None:  # fmt: skip
-        """Raises FlywheelError where `address` is no http address."""
-        if not address.startswith(("http://", "https://")):
-            raise FlywheelError(f"the sampler's address {address!r} is no address such as http://HOST:8000.")
-        self.address = address.rstrip("/").removesuffix("/v1")
-        self._patience_s, self._clock, self._sleep = patience_s, clock, sleep
-        self._http = httpx2.Client(
-            base_url=self.address, timeout=httpx2.Timeout(timeout_s, connect=5.0),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx2.Limits(max_connections=CONCURRENT),
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Close the kept connections."""
-        self._http.close()
-
-    def ask(self, method: str, path: str, body: Any, answer: type[A]) -> A:
-        """Send `body` as JSON and read the answer.
-
-        Raises:
-            SamplerGone: nobody answers for `patience_s`, or the request is taken and lost three times.
-            FlywheelError: it is refused, fails twice, or the answer is none.
-        """
-        response = self.tried(method, path, body)
-        try:
-            return answer.model_validate_json(response.content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise FlywheelError(
-                f"{self.address}{path} does not answer like vLLM's server ({where}: {first['msg']}): it has to give "
-                "token ids and log-probabilities."
-            ) from None
-
-    def tried(self, method: str, path: str, body: Any) -> httpx2.Response:
-        """The first answer of status 200; see `ask`."""
-        lost, failed, away = 0, 0, math.nan  # since when nobody is there
-        for attempt in itertools.count():
-            pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0)
-            asked = self._clock()
-            try:
-                response = self._http.request(method, path, json=body)
-            except httpx2.TransportError as error:
-                said = f"{type(error).__name__}: {error}"
-                there = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-                lost += there
-            else:
-                if response.status_code == HTTPStatus.OK:
-                    return response
-                said, there = f"{response.status_code}: {response.text[:200]!r}", False
-                if response.status_code not in _AWAY:
-                    failed += 1
-                    if response.status_code != HTTPStatus.INTERNAL_SERVER_ERROR or failed > 1:
-                        raise FlywheelError(f"{self.address}{path} refuses: {said}")
-            if lost == _LOSSES:
-                raise SamplerGone(
-                    f"the sampler {self.address} took a request {lost} times and never answered ({said}): its log "
-                    "says why; run again when it is back."
-                )
-            away = math.nan if there else (asked if math.isnan(away) else away)
-            if self._clock() + pause - away > self._patience_s:
-                raise SamplerGone(
-                    f"the sampler {self.address} did not answer in {attempt + 1} tries over "
-                    f"{self._clock() - away:.0f} s ({said}): start it and run again, or choose another rl.sampler."
-                )
-            self._sleep(pause)
-        raise AssertionError("counting has no end")
 
 
 class EndpointModel(TokenSampler):
