@@ -24,6 +24,8 @@ from .proof import Needles
 from .records import Record
 
 HELD_OUT = {"evaluate", "experiment"}
+MIXTURE = "mixture.parquet"
+"""What a model was trained on, in its own artifact; the other files there say nothing of that."""
 _OWNER = re.compile(r'"(?:user|user_id|sender|id|conversation_id)"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -112,6 +114,8 @@ def _models(root: Path, folders: Iterable[Path], rows: Mapping[str, Rows]) -> tu
             held_out = set[str]().union(*(splits[source] for source in direct))
             if direct and not (held_out and held_out <= HELD_OUT):
                 learnt[name] = ", ".join(f"{sum(lost[one].values())} rows of {one}" for one in direct)
+            elif own := lost.get(name, {}).get(MIXTURE):  # a set of examples from a file that names them
+                learnt[name] = f"{own} rows of its mixture"
             elif through:
                 learnt[name] = f"made from {', '.join(through)}"
     return tuple(Learnt(folder=f"artifacts/{name}", why=why) for name, why in sorted(learnt.items()))
