@@ -13,7 +13,6 @@ the same state of the machine. vLLM and a server are not here: they need a GPU, 
 
 import argparse
 import importlib.util
-import os
 import statistics
 import tempfile
 import time
@@ -116,8 +115,6 @@ def main() -> None:
         if (not args.only or name in args.only) and (installed or settings["kind"] != "ctranslate2")
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        if args.model in bench.RANDOM:
-            os.environ["FLYWHEEL_CACHE"] = scratch  # nothing will want this conversion again
         figures = measure(args, kinds, Path(scratch))
     header = ("sampler", "|difference|", "KL", "share", "share as RL", "push s", "draw s", "tokens")
     record.show(about, header, [_row(name, one) for name, one in figures["samplers"].items()])

@@ -16,11 +16,6 @@ from token_server import TokenServer, listening
 STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLYWHEEL_CACHE", str(tmp_path_factory.getbasetemp() / "ct2-cache"))
-
-
 def config(**sampler: Any) -> RLConfig:
     return RLConfig(
         steps=STEPS, prompts_per_step=2, group=4, max_tokens=8, learning_rate=1e-2, temperature=1.0,

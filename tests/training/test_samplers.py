@@ -37,11 +37,6 @@ LOCAL: list[tuple[dict[str, str], float]] = [
 """Settings, and the largest difference of a token's log-probability from a float32 pass."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLYWHEEL_CACHE", str(tmp_path_factory.getbasetemp() / "ct2-cache"))
-
-
 def opened(folder: Path, scratch: Path, **settings: Any) -> RolloutSampler:
     config = RLConfig(sampler=SamplerConfig(**settings), max_prompt_tokens=128, max_tokens=8)
     return open_sampler(config, folder, tiny_tokenizer(), scratch=scratch, threads=1, batch_replies=8)
@@ -144,12 +139,16 @@ def tiny_model(folder: Path) -> Any:
     return load_model(folder, torch.float32)[0]
 
 
-def test_ctranslate2_keeps_only_the_newest_weights(tiny_folder: Path, tmp_path: Path) -> None:
+def test_ctranslate2_keeps_only_the_newest_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing in the cache, which would keep a model for each generation."""
     pytest.importorskip("ctranslate2", reason="the optional package ctranslate2 is not installed")
+    monkeypatch.setenv("FLYWHEEL_CACHE", str(tmp_path / "cache"))
     sampler = opened(tiny_folder, tmp_path / "scratch", kind="ctranslate2")
     for seed in (1, 2, 3):
-        sampler.push(tiny_llama(seed=seed))
         assert len(list(tmp_path.rglob("model.bin"))) == 1
+        sampler.push(tiny_llama(seed=seed))
     sampler.close()
     assert not list(tmp_path.rglob("model.bin"))
 

@@ -197,6 +197,6 @@ def _package() -> Any:
     except ImportError:
         raise FlywheelError(
             'backend "ctranslate2" needs its package: pip install "characterflywheel[ctranslate2]", '
-            'or set models.backend to "native".'
+            'or choose "native".'
         ) from None
     return ctranslate2

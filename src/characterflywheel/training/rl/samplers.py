@@ -51,7 +51,7 @@ class InMemory(Sampler):
 
 
 class Converted(Sampler):
-    """CTranslate2: weights are converted into a folder; the one before goes when the next is there."""
+    """CTranslate2: weights are converted into a folder, in place of those before."""
 
     engine: ct2.CTranslate2Model
 
@@ -72,7 +72,7 @@ class Converted(Sampler):
         if missing:
             raise FlywheelError(f"the learner has no weights {', '.join(missing[:3])}: it is another model.")
         ct2.convert(self._folder, self._scratch, self.engine.precision, plain)
-        self.engine.folder, self.loaded = self._scratch, version
+        self.loaded = version
 
     def close(self) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -111,8 +111,9 @@ def _ctranslate2(place: Place) -> Sampler:
     precision: ct2.Precision = "float32" if place.config.sampler.precision == "float32" else "int8"
     if place.device != "cpu":
         raise FlywheelError(f'sampler "ctranslate2" runs on "cpu", not {place.device!r}: set rl.sampler to "native".')
+    ct2.convert(place.folder, place.scratch, precision)  # not by the cache, which keeps what it converts
     engine = ct2.CTranslate2Model(
-        ct2.converted(place.folder, precision), place.tokenizer, "rl", precision=precision,
+        place.scratch, place.tokenizer, "rl", precision=precision,
         ends=ct2.end_tokens(place.folder), **place.room,
     )  # fmt: skip
     return Converted(engine, "ctranslate2", place.folder, place.scratch)
