@@ -77,7 +77,7 @@ class _Completion(BaseModel):
 
     choices: list[_Choice]
     usage: _Usage | None = None
-    weight_version: int | None = None
+    weight_version: int | str | None = None
 
 
 class _Model(BaseModel):
@@ -152,7 +152,8 @@ class EndpointModel(TokenSampler):
         self.versions = list[list[int | None]]()
         for answer, request in zip(self._answers(requests), requests, strict=True):
             results.append(self._replies(answer, request))
-            self.versions.append([answer.weight_version] * n)
+            told = answer.weight_version
+            self.versions.append([told if isinstance(told, int) else None] * n)
             if on_progress:
                 on_progress(len(results), len(requests))
         return results

@@ -119,7 +119,9 @@ class Remote(Sampler):
                     shutil.rmtree(other, ignore_errors=True)
 
     def _versions(self, drawn: Sequence[Sequence[Drawn]]) -> list[list[int]]:
-        """What the server says drew each reply, else what it last said that it had loaded."""
+        """What the server says drew each reply, if it was told the version, else what it last said it had loaded."""
+        if self._place.config.sampler.reload == "vllm":
+            return super()._versions(drawn)
         return [[self.loaded if told is None else told for told in several] for several in self.engine.versions]
 
     def close(self) -> None:
