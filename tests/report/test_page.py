@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import herding_fixture
 import pytest
 import report_fixture as fixture
 
@@ -26,6 +27,14 @@ HISTORIES = {
     "unknown": [fixture.row(verdict="keep", breadth=0.004)],
     "four": [fixture.row(1), fixture.row(2, "keep", 0.01), fixture.row(3, "held"), fixture.row(4, "roll_back", -0.06)],
 }
+
+
+def workspace(folder: Path, history: str) -> Path:
+    """A workspace of that history; of the promoted model there are the files of its training too."""
+    fixture.write_workspace(folder, *HISTORIES[history])
+    if history == "promoted":
+        herding_fixture.write_runs(folder, HISTORIES[history][-1])
+    return folder
 
 
 class Tags(HTMLParser):
@@ -60,7 +69,7 @@ def parse(html: str) -> Tags:
 
 @pytest.mark.parametrize("history", list(HISTORIES))
 def test_page_is_well_formed_and_every_anchor_leads_somewhere(history: str, tmp_path: Path) -> None:
-    html = write_report(fixture.write_workspace(tmp_path, *HISTORIES[history])).read_text()
+    html = write_report(workspace(tmp_path, history)).read_text()
     tags = parse(html)
     ids = [attributes["id"] for _, attributes in tags.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
@@ -156,7 +165,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize("history", list(HISTORIES))
 def test_in_a_browser(history: str, browser: Any, tmp_path: Path) -> None:
-    path = write_report(fixture.write_workspace(tmp_path, *HISTORIES[history]))
+    path = write_report(workspace(tmp_path, history))
     page = browser.new_page(viewport={"width": 390, "height": 844})
     troubles: list[str] = []
     requests: list[str] = []
