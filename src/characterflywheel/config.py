@@ -463,7 +463,7 @@ class RLAlarmsConfig(Section):
 
     every: int = Field(4, ge=0, description="steps from one look to the next; the last step is always looked at; 0: no")
     window: int = Field(4, ge=1, description="looks that are pooled, the last so many")
-    start_replies: int = Field(2, ge=1, description="replies of the start to each prompt that is looked at")
+    start_replies: int = Field(4, ge=1, description="replies of the start to each prompt that is looked at")
     kl_max: float = Field(10.0, gt=0, description="KL to the start, nats a reply")
     entropy_min_share: float = Field(0.5, gt=0, le=1, description="entropy over that of the first steps")
     win_rate_max: float = Field(0.65, gt=0.5, lt=1, description="by the reward, over the start's replies")

@@ -1,5 +1,7 @@
 """Every alarm of RL on numbers worked by hand."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,6 +96,26 @@ def test_style_drift_needs_a_discovery_and_an_effect() -> None:
     assert emoji.n == 12
     strict = RLAlarmsConfig(style_effect=50.0)
     assert alarms(SEEN._replace(style=rows), strict) == []
+
+
+def chatter(rng: random.Random) -> str:
+    """Words with now and then a question, an emoji, a list or a stage direction."""
+    text = " ".join(
+        rng.choices("the sea is cold and stars are out tea like you i feel sorry why of course".split(), k=8)
+    )
+    for chance, mark in ((0.05, " 🌊"), (0.3, "?"), (0.1, "!"), (0.05, "\n- one\n- two"), (0.05, " *waves*")):
+        text += mark * (rng.random() < chance)
+    return text
+
+
+def test_where_nothing_drifts_few_looks_ring() -> None:
+    """Of 150 such looks 1 rang; where the policy had 12 replies to the start's 4, 14 did: of rare features it had some
+    where the start had none. So both sides are given as many (`step`)."""
+    rng, asked, rang = random.Random(1), {p.id: p for p in map(prompt, range(16))}, 0
+    for _ in range(50):
+        start, policy = ([(id, chatter(rng)) for id in asked for _ in range(4)] for _ in range(2))
+        rang += bool(alarms(SEEN._replace(style=watch.style_drift(asked, start, policy, "later")), CONFIG))
+    assert rang <= 4
 
 
 # Looks

@@ -19,7 +19,8 @@ from ...config import RLConfig
 from ...errors import RewardGone, SamplerGone
 from ...ids import derive_seed
 from ...pipeline import Work, write_atomically
-from ...records import Record, Rollout
+from ...records import Prompt, Record, Rollout
+from ...style.monitor import Difference
 from ..learner import Learner
 from ..parallel import Parallel
 from . import watch
@@ -168,14 +169,26 @@ def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[
 
     run.shelf.kept(f"looks-{step:06d}", watch.Look, make)
     looks = [one for each in run.looked(step) for one in run.shelf.read(f"looks-{each:06d}", watch.Look)]
-    window = run.looked(step)[-config.alarms.window :]
-    asked = {p.id: p for each in window for p in run.rollouts.batch(each)}
-    replies = [r for each in window for r in run.shelf.read(f"learnt-{each:06d}", Rollout)]
-    drift = watch.style_drift(
-        asked, [(id, one.text) for id in asked for one in run.start[id]], [(r.prompt_id, r.text) for r in replies],
-        f"steps {window[0]} to {window[-1]}",
-    )  # fmt: skip
+    drift = _drift(run, run.looked(step)[-config.alarms.window :])
     return watch.see(looks, entropies, drift, config.alarms.window)
+
+
+def _drift(run: Run, window: Sequence[int]) -> list[Difference]:
+    """Style of the start and of the policy in some steps, by as many replies to each prompt.
+
+    Of rare features the side with more replies would show some where the other, by chance, shows none: it is of equal
+    numbers that a difference falls to either side alike where nothing has drifted.
+    """
+    each, size = min(run.config.alarms.start_replies, run.config.group), run.config.group
+    asked, start, policy = dict[str, Prompt](), list[tuple[str, str]](), list[tuple[str, str]]()
+    for step in window:
+        rollouts = run.shelf.read(f"learnt-{step:06d}", Rollout)
+        for i, prompt in enumerate(run.rollouts.batch(step)):
+            policy += [(prompt.id, r.text) for r in rollouts[i * size : i * size + each]]
+            if prompt.id not in asked:
+                asked[prompt.id] = prompt
+                start += [(prompt.id, reply.text) for reply in run.start[prompt.id][:each]]
+    return watch.style_drift(asked, start, policy, f"steps {window[0]} to {window[-1]}")
 
 
 def _stop(run: Run, step: int, rang: Sequence[watch.Alarm]) -> Stop | None:
