@@ -98,11 +98,12 @@ def test_style_drift_needs_a_discovery_and_an_effect() -> None:
     assert alarms(SEEN._replace(style=rows), strict) == []
 
 
+WORDS = "the sea is cold and stars are out tea like you i feel sorry why of course"
+
+
 def chatter(rng: random.Random) -> str:
     """Words with now and then a question, an emoji, a list or a stage direction."""
-    text = " ".join(
-        rng.choices("the sea is cold and stars are out tea like you i feel sorry why of course".split(), k=8)
-    )
+    text = " ".join(rng.choices(WORDS.split(), k=8))
     for chance, mark in ((0.05, " 🌊"), (0.3, "?"), (0.1, "!"), (0.05, "\n- one\n- two"), (0.05, " *waves*")):
         text += mark * (rng.random() < chance)
     return text
