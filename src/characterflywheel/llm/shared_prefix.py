@@ -2,17 +2,15 @@
 
 Our workload is long histories with several short replies. Sequences are given as paths of segments (system prompt,
 history, reply); equal segments under the same parent are computed once. All tokens lie in one flat batch, so the
-linear layers see no padding; attention runs once a tree under a mask that lets a token see its own segment up to
-itself and everything on its path from the root. The result equals separate padded sequences to float accuracy.
+linear layers see no padding; in attention a token sees its own segment up to itself and everything on its path from
+the root (on a processor by families of siblings, on a GPU once a tree under a mask). The result equals separate padded
+sequences to float accuracy.
 
 Works on the modules of Hugging Face Llama-family models, whose weights stay where they are (LoRA, autocast and
 optimisers see nothing unusual).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,102 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import FlywheelError
+from . import family_attention
 from .as_forward import as_forward
+from .forest import Forest, Path, Segment, plant
+from .token_logprobs import token_logprobs
+
+__all__ = ["Forest", "Path", "Segment", "check_family", "hidden_states", "plant", "reply_logprobs"]
 
 PLAIN_ROWS = 512  # on a CPU, trees up to here attend by plain products: backward is a quarter faster than flash
 FAMILY = ("llama", "mistral", "qwen2")
-
-Segment = tuple[int, ...]
-Path = tuple[Segment, ...]
-
-
-class Tree(NamedTuple):
-    """Rows `start:stop` of the flat batch and their (stop - start)² attention mask, True where a row may look."""
-
-    start: int
-    stop: int
-    mask: Tensor
-
-
-class Node(NamedTuple):
-    """A segment laid out in rows `start:stop`; `line`: the nodes on its path from the root down to itself."""
-
-    start: int
-    stop: int
-    line: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Forest:
-    """Token paths laid out in one flat batch of N rows.
-
-    `ids`, `positions`: shape (N,). `rows[i]`: the rows of path i from root to leaf, shape (length of path i,).
-    `nodes`: the segments in the order of their rows; a tree's nodes follow one another, parents before children,
-    siblings of equal length together.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    nodes: tuple[Node, ...]
-    rows: tuple[Tensor, ...]
-
-    @property
-    def tokens(self) -> int:
-        return int(self.ids.numel())
-
-    @cached_property
-    def trees(self) -> tuple[Tree, ...]:
-        """Each tree's rows and mask: a row sees its own segment up to itself, and every segment above."""
-        return self.masked(both_ways=False)
-
-    def masked(self, both_ways: bool) -> tuple[Tree, ...]:
-        """As `trees`; with `both_ways` a row sees all of its own segment, as in an encoder."""
-        out = []
-        for first, tree in groupby(self.nodes, key=lambda node: node.line[0]):
-            nodes = list(tree)
-            sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-            for i, node in enumerate(nodes):
-                sees[i, [above - first for above in node.line]] = True
-            owner = torch.repeat_interleave(torch.tensor([node.stop - node.start for node in nodes]))
-            mask = sees[owner][:, owner]
-            mask = mask if both_ways else mask.tril()
-            out.append(Tree(nodes[0].start, nodes[-1].stop, mask.to(self.ids.device)))
-        return tuple(out)
-
-
-def plant(paths: Sequence[Path], device: torch.device | str = "cpu") -> Forest:
-    """Lay paths out, each distinct (parent, segment) once. Paths need at least one token."""
-    children: dict[tuple[int, Segment], int] = {}
-    segments: list[Segment] = []
-    lines: list[tuple[int, ...]] = []
-    leaves: list[int] = []
-    for path in paths:
-        node = -1
-        for segment in path:
-            if not segment:
-                continue
-            key = (node, segment)
-            if key not in children:
-                children[key] = len(segments)
-                lines.append((*(lines[node] if node >= 0 else ()), len(segments)))
-                segments.append(segment)
-            node = children[key]
-        if node < 0:
-            raise FlywheelError("an empty token sequence cannot be run: give each path at least one token.")
-        leaves.append(node)
-    order = sorted(range(len(segments)), key=lambda n: (lines[n][0], lines[n][-2:-1], len(segments[n]), n))
-    place = {node: i for i, node in enumerate(order)}
-    nodes: list[Node] = []
-    ids: list[int] = []
-    positions: list[int] = []
-    for node in order:
-        depth, size = sum(len(segments[above]) for above in lines[node][:-1]), len(segments[node])
-        nodes.append(Node(len(ids), len(ids) + size, tuple(place[above] for above in lines[node])))
-        ids.extend(segments[node])
-        positions.extend(range(depth, depth + size))
-    spans = ([nodes[above] for above in nodes[place[leaf]].line] for leaf in leaves)
-    rows = tuple(torch.cat([torch.arange(n.start, n.stop) for n in line]).to(device) for line in spans)
-    return Forest(torch.tensor(ids, device=device), torch.tensor(positions, device=device), tuple(nodes), rows)
 
 
 def check_family(config: Any) -> None:
@@ -148,9 +59,12 @@ def run_layer(
     q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
     if keep is not None:
         keep.append((k, v))
-    mixed = torch.cat(
-        [attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
-    )
+    if x.is_cpu:
+        mixed = family_attention.attend(q, k, v, forest.families)
+    else:
+        mixed = torch.cat(
+            [attend(q[t.start : t.stop], k[t.start : t.stop], v[t.start : t.stop], t.mask) for t in forest.trees]
+        )
     return finish_layer(layer, x, mixed)
 
 
@@ -213,8 +127,4 @@ def reply_logprobs(model: Any, paths: Sequence[Path], *, temperature: float = 1.
     before = torch.cat([rows[-len(p[-1]) - 1 : -1] for rows, p in zip(forest.rows, paths, strict=True)])
     targets = torch.cat([forest.ids[rows[-len(p[-1]) :]] for rows, p in zip(forest.rows, paths, strict=True)])
     owner = torch.cat([torch.full((len(p[-1]),), i, device=device) for i, p in enumerate(paths)])
-    logits = model.lm_head(states[before]).float() / temperature
-    logs = torch.log_softmax(logits, dim=-1)
-    with torch.no_grad():
-        entropy = -(logs.exp() * logs).sum(-1)
-    return ReplyTokens(logs.gather(1, targets.unsqueeze(1)).squeeze(1), entropy, owner)
+    return ReplyTokens(*token_logprobs(model.lm_head, states[before], targets, temperature), owner)
