@@ -69,26 +69,25 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def test_sources_name_models(workspace: Workspace, tmp_path: Path) -> None:
     models = [workspace.artifacts / f"rl-00000000000{n}" / "model" for n in (1, 2, 3)]
-    known = pool.known_models(workspace, str(folder(tmp_path / "base")), models[2], 4)
+    known = pool.known_models(workspace, str(folder(tmp_path / "base")), 4)
     found = {
         source: pool.folder_of(policy("p", source), known)
         for source in ("parent", "base", "earlier:1", "earlier:2", "earlier:3", "generation:2", "/some/model")
     }
     base = str(tmp_path / "base")
     assert found == {
-        "parent": models[2], "base": base, "earlier:1": models[0], "earlier:2": base, "earlier:3": None,
+        "parent": "parent", "base": base, "earlier:1": models[0], "earlier:2": base, "earlier:3": None,
         "generation:2": models[1], "/some/model": "/some/model",
     }  # fmt: skip
     with pytest.raises(FlywheelError, match="policy 'p': generation 4 has left no model; there are: 1, 2, 3"):
         pool.folder_of(policy("p", "generation:4"), known)
-    first = pool.known_models(workspace, base, tmp_path / "base", 1)
+    first = pool.known_models(workspace, base, 1)
     assert (first.served, first.generations) == ((), {})
 
 
 def test_an_identity_is_what_a_source_holds_and_not_where(workspace: Workspace, tmp_path: Path) -> None:
     base = str(folder(tmp_path / "base"))
-    parent = workspace.artifacts / "rl-000000000003" / "model"
-    known = pool.known_models(workspace, base, parent, 4)
+    known = pool.known_models(workspace, base, 4)
     copies = [str(folder(tmp_path / place / "big")) for place in ("here", "there")]
     (Path(copies[1]) / "config.json").write_text((Path(copies[0]) / "config.json").read_text())
     one, two = (
@@ -110,7 +109,7 @@ def test_an_identity_is_what_a_source_holds_and_not_where(workspace: Workspace, 
 
 def test_one_model_at_a_time_beside_the_parent(workspace: Workspace, tmp_path: Path) -> None:
     base, parent = folder(tmp_path / "base"), workspace.artifacts / "rl-000000000003" / "model"
-    known = pool.known_models(workspace, str(base), parent, 4)
+    known = pool.known_models(workspace, str(base), 4)
     loaded: list[tuple[Path, str]] = []
 
     def load(path: Path, name: str) -> Model:
@@ -122,7 +121,7 @@ def test_one_model_at_a_time_beside_the_parent(workspace: Workspace, tmp_path: P
         policy("parent"), policy("coached", coached=True), policy("cool", cooling=0.5), policy("base", "base"),
         policy("hinted", "base", hints=("Be brief.",)), policy("before", "earlier:1"), policy("none", "earlier:9"),
     ]  # fmt: skip
-    found = Pool(policies, known, lambda: mine, load)
+    found = Pool(policies, known, parent, lambda: mine, load)
     assert (list(found), found.absent) == ([p.name for p in policies[:-1]], ("none",))
     assert found["parent"] is mine
     coached = found["coached"]
@@ -137,14 +136,14 @@ def test_one_model_at_a_time_beside_the_parent(workspace: Workspace, tmp_path: P
     assert [name for _, name in loaded] == ["base", "before", "base"]
     found["hinted"].complete([ASKED], sampling=SAMPLING, seeds=[1])
     with pytest.raises(FlywheelError, match=r"no policy of the pool exists yet \(none\)"):
-        Pool([policy("none", "earlier:9")], known, lambda: mine, load)
+        Pool([policy("none", "earlier:9")], known, parent, lambda: mine, load)
 
 
 def test_the_base_that_serves_is_not_loaded_twice(tmp_path: Path) -> None:
     base = folder(tmp_path / "base")
     mine = Model("base")
-    known = Known(base, str(base), (), {})
-    assert Pool([policy("b", "base")], known, lambda: mine, lambda path, name: Model(name))["b"] is mine
+    known = Known(str(base), (), {})
+    assert Pool([policy("b", "base")], known, base, lambda: mine, lambda path, name: Model(name))["b"] is mine
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,11 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
     reward = stage("reward", shop.reward_settings, RewardSummary, preherding.train_rewards, learned, models | compared)
     fresh: Inputs = {"prompts": curate, "judge": reward}
     asks = models | shop.scored_by
-    rejection = stage("rejection_sampling", config.rejection_sampling, RejectionSummary, preherding.reject, fresh, asks)
+    rejection = stage("rejection_sampling", shop.rejection_settings, RejectionSummary, preherding.reject, fresh, asks)
 
     # Herding: a careful step uphill.
-    examples: Inputs = {"selected": rejection, "rewrites": annotate, "judge": reward}
-    sft = stage("sft", config.sft, TrainingSummary, herding.train_sft, examples)
+    examples: Inputs = {"selected": rejection, "rewrites": annotate, **fresh}
+    sft = stage("sft", shop.sft_settings, TrainingSummary, herding.train_sft, examples)
     preferred: Inputs = {"model": sft, "pairs": annotate, "judge": reward}
     dpo = stage("dpo", config.dpo, DPOSummary, herding.train_dpo, preferred)
     rl = stage("rl", config.rl, RLSummary, herding.train_rl, {"model": dpo, "scored": rejection, **fresh}, asks)

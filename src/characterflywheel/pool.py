@@ -40,13 +40,12 @@ _FINAL = frozenset({"model_missing", "upstream_key", "upstream_rejected"})
 class Known(NamedTuple):
     """The model folders that sources name. `served` were in service before the parent, oldest first."""
 
-    parent: Path
     base: str
     served: tuple[Path | None, ...]
     generations: Mapping[int, Path]
 
 
-def known_models(workspace: Workspace, base: str, parent: Path, number: int) -> Known:
+def known_models(workspace: Workspace, base: str, number: int) -> Known:
     """The models of a workspace when generation `number` begins; a `served` of None is the base model."""
     serving = [release for release in registry.read(workspace.registry).serving if release.generation < number]
     before = (None, *(workspace.root / release.folder for release in serving[:-1])) if serving else ()
@@ -55,18 +54,18 @@ def known_models(workspace: Workspace, base: str, parent: Path, number: int) -> 
         for row in ledger.read(workspace.ledger)
         if row.generation < number and "rl" in row.stages
     }
-    return Known(parent, base, before, made)
+    return Known(base, before, made)
 
 
 def folder_of(policy: PolicyConfig, known: Known) -> str | Path | None:
-    """The folder, or `package:NAME`, that a policy's source names; None where there is no such model yet.
+    """The folder, `package:NAME` or `parent` that a policy's source names; None where there is no such model yet.
 
     Raises:
         FlywheelError: the generation has left no model.
     """
     kind, _, number = policy.source.partition(":")
-    if policy.source in ("parent", "base"):
-        return known.parent if policy.source == "parent" else known.base
+    if policy.source == "base":
+        return known.base
     if kind == "earlier":
         if int(number) > len(known.served):
             return None
@@ -92,8 +91,8 @@ def settings(config: RejectionConfig, known: Known) -> RejectionConfig:
             name = f"server of {policy.model}"
         elif folder is None:
             name = "absent"
-        elif policy.source == "parent":
-            name = "parent"  # part of every stage's identity
+        elif folder == "parent":
+            name = "parent"  # its identity is part of every stage's
         elif isinstance(folder, Path):
             name = folder.parent.name  # the artifact, whose name is a hash
         else:
@@ -106,15 +105,15 @@ class Pool(Mapping[str, ChatModel]):
     """The policies by name, in the order of the configuration. Only the model asked last is kept, beside the parent."""
 
     def __init__(
-        self, policies: Sequence[PolicyConfig], known: Known, parent: Callable[[], ChatModel],
+        self, policies: Sequence[PolicyConfig], known: Known, parent: Path, open_parent: Callable[[], ChatModel],
         load: Callable[[Path, str], ChatModel],
     ) -> None:  # fmt: skip
-        """`load(folder, name)` opens a model folder; `parent()` gives the model in service, which others use too.
+        """`load(folder, name)` opens a model folder; `open_parent` gives the one in service, which others use too.
 
         Raises:
             FlywheelError: a source names no model, or no policy is left.
         """
-        self._known, self._parent, self._load = known, parent, load
+        self._parent, self._open_parent, self._load = parent, open_parent, load
         remote = [policy for policy in policies if policy.model is not None]
         self._folders = {p.name: folder_of(p, known) for p in policies if p not in remote}
         self.absent = tuple(name for name, folder in self._folders.items() if folder is None)
@@ -142,9 +141,11 @@ class Pool(Mapping[str, ChatModel]):
             return EndpointModel(policy.source, policy.model, key=os.environ.get(policy.key_env))
         folder = self._folders[policy.name]
         assert folder is not None, "absent policies are left out"
+        if folder == "parent":
+            return self._open_parent()
         path = folder if isinstance(folder, Path) else base_model_folder(folder)
-        if path == self._known.parent:
-            return self._parent()
+        if path == self._parent:
+            return self._open_parent()
         if self._held is None or self._held[0] != path:
             self._held = None  # its memory goes first
             self._held = (path, self._load(path, policy.name))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import ledger, tables
+from . import pool as policies
 from .annotation.candidates import RewritePolicy
 from .characters import load_characters, roster, system_prompt
-from .config import FlywheelConfig, RewardConfig
+from .config import FlywheelConfig, RejectionConfig, RewardConfig, SFTConfig
 from .errors import FlywheelError
 from .experiment.stage import BankSummary, load_bank
 from .llm.base import ChatModel
@@ -32,6 +33,7 @@ from .reward.composite import RewardModels, precision_of
 from .reward.history import Past
 from .safety import SafetyPolicy
 from .store import EventStore
+from .training import sources
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -188,6 +190,21 @@ class Workshop:
         settings = self.config.reward
         return settings.model_copy(update={"backbone": settings.backbone and identity(settings.backbone)})
 
+    @cached_property
+    def rejection_settings(self) -> RejectionConfig:
+        """Rejection sampling's settings as part of its identity: the pool's models by what they are."""
+        return policies.settings(self.config.rejection_sampling, self.known_models)
+
+    @cached_property
+    def sft_settings(self) -> SFTConfig:
+        """SFT's settings as part of its identity: files of examples by what is in them."""
+        return sources.settings(self.config.sft)
+
+    @cached_property
+    def known_models(self) -> policies.Known:
+        """The models that the pool may name beside the parent: the base, and what earlier generations made."""
+        return policies.known_models(self.workspace, self.config.models.base, self.number)
+
     @property
     def scored_by(self) -> dict[str, str]:
         """What of who computes scores is part of an identity: `flywheel score` has this version's models and code,
@@ -224,12 +241,15 @@ class Workshop:
     def model(self, folder: Path, name: str) -> ChatModel:
         """The chat model in a folder, by the configured backend; kept loaded."""
         if folder not in self._models:
-            models = self.config.models
-            self._models[folder] = BACKENDS[models.backend].load(
-                folder, name, device=self.device, max_prompt_tokens=models.max_prompt_tokens, threads=self.threads,
-                batch_replies=models.batch_replies,
-            )  # fmt: skip
+            self._models[folder] = self._load(folder, name)
         return self._models[folder]
+
+    def _load(self, folder: Path, name: str) -> ChatModel:
+        models = self.config.models
+        return BACKENDS[models.backend].load(
+            folder, name, device=self.device, max_prompt_tokens=models.max_prompt_tokens, threads=self.threads,
+            batch_replies=models.batch_replies,
+        )  # fmt: skip
 
     def unload(self, folder: Path | None = None) -> None:
         """Let go of a chat model, or of all: what is trained next needs the memory."""
@@ -243,8 +263,13 @@ class Workshop:
         return self.model(self.parent_folder, self.parent.name)
 
     def pool(self) -> dict[str, ChatModel]:
-        """The policies that propose replies: the model in service, and the same told how to write."""
+        """The policies that propose replies to annotators: the model in service, and the same told how to write."""
         return {"parent": self.parent_model, "coached": RewritePolicy(self.parent_model)}
+
+    def selection_pool(self) -> policies.Pool:
+        """The policies that propose replies to rejection sampling, as configured."""
+        named = self.config.rejection_sampling.pool
+        return policies.Pool(named, self.known_models, self.parent_folder, lambda: self.parent_model, self._load)
 
     def rewards(self, work: Work) -> "RewardModels | RemoteRewards":
         """The reward models that are a stage's `judge` (see `open_rewards`)."""

@@ -6,13 +6,14 @@ import pytest
 from reward_fixture import Letters, pair, pairs, tiny_policy
 
 from characterflywheel import generation, lineage, tables
-from characterflywheel.config import FlywheelConfig, RewardConfig
+from characterflywheel.config import FlywheelConfig, RewardConfig, SFTConfig
 from characterflywheel.phases import herding
 from characterflywheel.pipeline import Work
-from characterflywheel.records import ChatMessage, Example, Preference, SetAside
+from characterflywheel.records import ChatMessage, Example, Preference, Prompt, SetAside
 from characterflywheel.reward.stage import train_rewards
 from characterflywheel.training import dpo as dpo_stage
 from characterflywheel.training import sft as sft_stage
+from characterflywheel.training import sources
 from characterflywheel.workshop import Workshop
 from characterflywheel.workspace import Workspace, init
 
@@ -61,25 +62,30 @@ def test_neither_sft_nor_dpo_learns_from_them(reward: Path, tmp_path: Path, monk
         learnt["dpo"] = {row.user_id for row in rows}
 
     def sft(work: Work, config: object, parent: Path, rows: list[Example], **more: object) -> None:
-        learnt["sft"] = {row.user_id for row in rows if row.source == "rewrite"}
-        learnt["selected"] = {row.user_id for row in rows if row.source == "user"}
+        for row in sources.offer(SFTConfig(), rows, more["reserved"]).examples:  # type: ignore[arg-type]
+            learnt.setdefault(row.source, set()).add(row.user_id or "")
 
     monkeypatch.setattr(dpo_stage, "train_dpo", dpo)
     monkeypatch.setattr(sft_stage, "train_sft", sft)
     monkeypatch.setattr(Workshop, "parent_folder", tmp_path)
     gold = aside(reward)
     everybody = {p.user_id for p in ROWS}
-    for name in ("pairs", "rewrites", "selected"):
+    for name in ("pairs", "rewrites", "selected", "prompts"):
         (tmp_path / name).mkdir()
+    tables.write(tmp_path / "prompts" / "prompts.parquet", Prompt, [])
     tables.write(tmp_path / "pairs" / "pairs.parquet", Preference, ROWS)
     tables.write(tmp_path / "rewrites" / "rewrites.parquet", Example, [example(p, "rewrite") for p in ROWS])
     tables.write(tmp_path / "selected" / "examples.parquet", Example, [example(p, "user") for p in ROWS])
-    folders = {"judge": reward, "model": tmp_path, **{n: tmp_path / n for n in ("pairs", "rewrites", "selected")}}
+    folders = {
+        "judge": reward,
+        "model": tmp_path,
+        **{n: tmp_path / n for n in ("pairs", "rewrites", "selected", "prompts")},
+    }
     shop = Workshop(Workspace(tmp_path), FlywheelConfig(), None, None, 1)
     herding.train_dpo(shop, Work(tmp_path, 1, folders))  # type: ignore[arg-type]
     herding.train_sft(shop, Work(tmp_path, 1, folders))  # type: ignore[arg-type]
     assert gold
-    assert learnt == {"dpo": everybody - gold, "sft": everybody - gold, "selected": everybody}
+    assert learnt == dict.fromkeys(("dpo", "rewrite", "user"), everybody - gold)
 
 
 def test_who_is_set_aside_is_part_of_what_the_policy_learns_from(tmp_path: Path) -> None:

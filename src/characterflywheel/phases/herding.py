@@ -16,20 +16,24 @@ from ..training.dpo import DPOSummary
 from ..training.launch import Later, spread
 from ..training.rl import RLSummary
 from ..training.sft import TrainingSummary
+from ..training.sources import Reserved
 from ..workshop import Workshop, candidates, open_rewards
 
 
 def train_sft(shop: Workshop, work: Work) -> TrainingSummary:
-    """On what rejection sampling accepted and what annotators rewrote, but for the gold model's users."""
+    """On what rejection sampling accepted, what annotators rewrote and the configured sets.
+
+    Nothing is learnt of who or what evaluates, nor of the gold model's users.
+    """
     shop.unload()
     examples = tables.read(work.inputs["selected"] / "examples.parquet", Example)
-    aside = _set_aside(work)
-    rewrites = tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
-    examples += [example for example in rewrites if example.user_id not in aside]
+    examples += tables.read(work.inputs["rewrites"] / "rewrites.parquet", Example)
+    prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
+    reserved = Reserved.of(prompts, tables.read(work.inputs["judge"] / "gold.parquet", SetAside))
     with progress("sft") as advance:
         return spread(
             shop.config.parallel, sft.train_sft, work, shop.config.sft, shop.parent_folder, examples,
-            threads=shop.threads, device=shop.device,
+            reserved=reserved, safety=shop.safety, threads=shop.threads, device=shop.device,
             gradient_checkpointing=shop.config.parallel.gradient_checkpointing, on_progress=advance,
         )  # fmt: skip
 

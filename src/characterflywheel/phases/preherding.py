@@ -33,5 +33,5 @@ def reject(shop: Workshop, work: Work) -> RejectionSummary:
     judge = shop.rewards(work)
     with progress("rejection_sampling") as advance:
         return rejection_sampling.reject(
-            work, shop.config.rejection_sampling, prompts, shop.pool(), judge, shop.safety, advance
+            work, shop.config.rejection_sampling, prompts, shop.selection_pool(), judge, shop.safety, advance
         )
