@@ -235,3 +235,27 @@ def test_seconds_are_told_by_part(free: Path) -> None:
         parts = {"push", "sampling", "scoring", "forward", "backward", "update", "look"}
         assert parts <= row.keys()
         assert all(row[part] >= 0 for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["transformers", pytest.param("ctranslate2", marks=pytest.mark.slow)])
+def test_any_sampler_draws_and_a_killed_run_ends_alike(
+    kind: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importance weights stay near 1 only if the learner's weights reach the sampler after each step; adapters too."""
+    config = RLConfig.model_validate(
+        CONFIG.model_dump() | {"sampler": {"kind": kind}, "lora_rank": 4, "steps": 3, "alarms": {"every": 3}}
+    )
+    train(tmp_path / "whole", tiny_folder, config)
+    for row in metrics(tmp_path / "whole"):
+        assert row["weight_mean"] == pytest.approx(1, abs=0.05)
+    rows = tables.read(tmp_path / "whole" / "rollouts.parquet", Rollout)
+    assert {(r.step, r.version) for r in rows} == {(1, 0), (2, 1), (3, 2)}
+    assert not same_weights(tmp_path / "whole" / "model", tiny_folder)
+    monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", tiny_folder, config, on_progress=dies_at(2))
+    train(tmp_path / "killed", tiny_folder, config)
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert same_weights(whole / "model", killed / "model")
+    assert (whole / "rollouts.parquet").read_bytes() == (killed / "rollouts.parquet").read_bytes()
+    assert (whole / "adapter").exists()
