@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,12 +15,14 @@ import pytest
 
 from characterflywheel import ledger, pool
 from characterflywheel.annotation.candidates import HINTS, RewritePolicy
-from characterflywheel.config import PolicyConfig, RejectionConfig
+from characterflywheel.config import PolicyConfig, RejectionConfig, load
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.base import Completion, Sampling
+from characterflywheel.pipeline import Work
 from characterflywheel.pool import EndpointModel, Known, Pool
-from characterflywheel.records import ChatMessage
+from characterflywheel.records import ChatMessage, Prompt
 from characterflywheel.release import registry
+from characterflywheel.training.selection.drawing import draw
 from characterflywheel.workspace import Workspace
 from test_ledger import row
 
@@ -161,6 +164,19 @@ def test_what_a_policy_cannot_be(wrong: dict[str, Any], said: str) -> None:
         RejectionConfig(pool=(policy("a"), policy("a")))
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('shar = 1.0\nname = "a"', r"unknown key 'rejection_sampling\.pool\.0\.shar'; did you mean 'share'\?"),
+        ('share = 1.0\nname = "a"\nsource = "http://a"', r"pool\.0 = .*policy 'a': source 'http://a' needs `model`"),
+    ],
+)
+def test_a_mistake_in_a_policys_table_is_one_sentence(lines: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "flywheel.toml").write_text(f"[[rejection_sampling.pool]]\n{lines}\n")
+    with pytest.raises(FlywheelError, match=said):
+        load(tmp_path / "flywheel.toml")
+
+
 @contextmanager
 def server(port: int, *more: str) -> Iterator[str]:
     script = Path(__file__).parents[1] / "benchmarks" / "mock_upstream.py"
@@ -207,3 +223,25 @@ def test_a_bigger_sibling_on_a_server(port: int) -> None:
     assert time.monotonic() - began < 20
     with pytest.raises(FlywheelError, match=r"^source = 'ftp://host' is no address"):
         EndpointModel("ftp://host", "mock")
+
+
+def test_a_server_that_is_gone_stops_the_stage_and_what_is_drawn_is_kept(port: int, tmp_path: Path) -> None:
+    parent = Model("parent")
+    far = EndpointModel(f"http://127.0.0.1:{port}/v1", "mock", patience_s=0.3)
+    work = Work(tmp_path, 1)
+    asked = [
+        Prompt(
+            id=f"p{n}", conversation_id=f"c{n}", user_id=f"u{n}", source="user", character_id="mo", messages=ASKED,
+            split="train", cluster=0, turn=1, created_at=NOW,
+        )
+        for n in range(8)
+    ]  # fmt: skip
+    config = RejectionConfig(candidates=4, pool=(policy("parent"), policy("big")))
+    said = rf"policy 'big' of the pool failed after 0 of its 16 candidates .*127\.0\.0\.1:{port}.* All 16 drawn so far"
+    with pytest.raises(FlywheelError, match=said):
+        draw(work, config, asked, {"parent": parent, "big": far})
+    with server(port, "--words", "5"):
+        drawn = draw(work, config, asked, {"parent": parent, "big": far})
+    assert Counter(one.candidate.policy for one in drawn) == {"parent": 16, "big": 16}
+    assert len(parent.asked) == 1
+    assert {one.tokens for one in drawn if one.candidate.policy == "big"} == {None}

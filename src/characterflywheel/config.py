@@ -8,7 +8,7 @@ import difflib
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -705,15 +705,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem, as a sentence; an unknown key names its nearest known neighbour."""
-    first = error.errors()[0]
+    """The first problem, as a sentence; an unknown key, which may leave another missing, names its nearest neighbour."""
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         *parents, key = (str(part) for part in first["loc"])
         section: Any = FlywheelConfig
         for parent in parents:
-            field = section.model_fields[parent]
-            section = type(field.default)
+            if not parent.isdecimal():  # the place in a list of tables
+                field = section.model_fields[parent]
+                inner = [a for a in get_args(field.annotation) if isinstance(a, type) and issubclass(a, Section)]
+                section = inner[0] if inner else type(field.default)
         near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
         known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(section.model_fields)}."
         return f"unknown key {where!r}; {known}"
