@@ -705,7 +705,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem, as a sentence; an unknown key, which may leave another missing, names its nearest neighbour."""
+    """The first problem, as a sentence; an unknown key (another may then be missing) names its nearest neighbour."""
     errors = error.errors()
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"])
