@@ -14,6 +14,7 @@ the same state of the machine. vLLM and a server are not here: they need a GPU, 
 import argparse
 import importlib.util
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -154,6 +155,8 @@ def measure(args: argparse.Namespace, kinds: dict[str, dict[str, str]], scratch:
             pushes[name].append(pushed - began)
             draws[name].append(time.perf_counter() - pushed)
             drawn.setdefault(name, mine)
+            told = f"push {pushes[name][-1]:.1f} s, draw {draws[name][-1]:.1f} s"
+            print(f"round {repeat + 1} of {args.repeats}, {name}: {told}", file=sys.stderr, flush=True)
     found = {}
     for name, sampler in samplers.items():
         sampler.close()
