@@ -236,6 +236,7 @@ class Learner:
         if self.parallel.sharded:
             from .sharding import save_whole, whole_parameters, whole_weights  # noqa: PLC0415
 
+            _put_away(self.model)
             folder.mkdir(parents=True, exist_ok=True)
             save_whole(whole_weights(self.model), self.model, folder, self.parallel.main)
             if adapters.adapted(self.model):
@@ -269,6 +270,15 @@ def write_metrics(folder: Path, learner: Learner) -> None:
     rows = sorted([*learner.log, *learner.evaluations], key=lambda row: row["step"])
     if learner.parallel.main:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _put_away(model: Any) -> None:
+    """Split again what a pass without gradient left gathered (the outermost weights), in the precision of products."""
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
+
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _freeze_below(model: Any, train_layers: int) -> None:
