@@ -27,6 +27,7 @@ from characterflywheel.training.rejection_sampling import (
     freshest,
     reject,
 )
+from characterflywheel.training.selection import drawing
 
 
 class Results:
@@ -320,34 +321,38 @@ summary = reject(Work(Path(sys.argv[1]), 7), it.CONFIG, prompts, pool, it.Longer
 """
 
 
-def test_kill_9_in_the_middle_draws_nothing_twice_and_leaves_the_same_bytes(tmp_path: Path) -> None:
+def test_kill_9_in_the_middle_draws_nothing_twice_and_leaves_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real process, killed in its fifth call of six: of the calls that ended, none is made again."""
+    stage, calls = tmp_path / "killed" / "stage", tmp_path / "killed" / "calls"
+    stage.mkdir(parents=True)
 
-    def start(name: str, how: str) -> subprocess.Popen[bytes]:
-        (tmp_path / name / "stage").mkdir(parents=True, exist_ok=True)
-        arguments = [sys.executable, "-c", SCRIPT, str(tmp_path / name / "stage"), str(Path(__file__).parent), how]
-        return subprocess.Popen(arguments)
+    def start(how: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(stage), str(Path(__file__).parent), how])
 
-    with start("whole", "go") as whole, start("killed", "hang") as killed:
-        calls, deadline = tmp_path / "killed" / "calls", time.monotonic() + 60
+    with start("hang") as killed:
+        deadline = time.monotonic() + 60
         while not calls.exists() or calls.read_text().count("begin") < 5:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
-        assert whole.wait() == 0
-    assert not list((tmp_path / "killed" / "stage").glob("*.parquet"))
-    with start("killed", "go") as resumed:
+    assert not list(stage.glob("*.parquet"))
+    with start("go") as resumed:
         assert resumed.wait() == 0
     begun, ended = (
         [line for line in calls.read_text().splitlines() if line.startswith(word)] for word in ("begin", "end")
     )
-    assert sorted(ended) == sorted((tmp_path / "whole" / "calls").read_text().splitlines()[1::2])
     assert len(set(ended)) == len(ended) == 6
     assert (len(begun), len(set(begun))) == (7, 6), "only the call that was killed began twice"
+    monkeypatch.setattr(drawing, "PROMPTS_A_CHUNK", 3)
+    (tmp_path / "whole").mkdir()
+    pool = {name: Writer(name) for name in ("parent", "coached")}
+    summary = reject(Work(tmp_path / "whole", 7), CONFIG, [prompt(i) for i in range(10)], pool, Longer(), SAFETY)
+    (tmp_path / "whole" / "summary.json").write_text(summary.model_dump_json())
     here, there = (
-        {f.name: f.read_bytes() for f in (tmp_path / name / "stage").iterdir() if f.is_file()}
-        for name in ("whole", "killed")
+        {f.name: f.read_bytes() for f in path.iterdir() if f.is_file()} for path in (tmp_path / "whole", stage)
     )
     assert {"accepted.parquet", "scores.parquet", "summary.json"} < set(here)
     assert here == there
