@@ -86,12 +86,14 @@ def train_dpo(
         parallel=parallel,
     )  # fmt: skip
     *references, of_evaluation = reference_sums(work, learner, [*batches, evaluation])
+    margins: Tensor | None = None
     for step in learner.remaining_steps():
         learner.update(**accumulate(learner, batches[step], references[step], config))
         if (config.evaluate_every and (step + 1) % config.evaluate_every == 0) or step + 1 == len(batches):
-            _evaluate(learner, evaluation, of_evaluation, config)
+            margins = _evaluate(learner, evaluation, of_evaluation, config)
         on_progress(step + 1, len(batches))
-    margins = _margins(learner, evaluation, of_evaluation, config).tolist()
+    if margins is None:  # a run that resumed after its last step
+        margins = _margins(_sums(learner, evaluation), of_evaluation, config)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
     if learner.parallel.main:
@@ -104,8 +106,8 @@ def train_dpo(
         steps=len(batches), pairs=len(pairs), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
         first_loss=first["loss"], last_loss=last["loss"], last_accuracy=last["accuracy"],
         cut_replies=sum(seen.lessons[name].cut for name in chosen), too_long=len(seen.dropped),
-        evaluation_accuracy=intervals.share([(1 + (m > 0) - (m < 0)) / 2 for m in margins], users) if held else none,
-        evaluation_margin=intervals.mean(margins, users) if held else none,
+        evaluation_accuracy=intervals.share((margins.sign() / 2 + 0.5).numpy(), users) if held else none,
+        evaluation_margin=intervals.mean(margins.numpy(), users) if held else none,
     )  # fmt: skip
 
 
@@ -196,18 +198,18 @@ def accumulate(learner: Learner, batch: Batch, reference: Tensor, config: DPOCon
     return {name: learner.parallel.sum(value) for name, value in sums.items()} | {"tokens": int(batch.lengths.sum())}
 
 
-def _margins(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> Tensor:
-    """The margin of every pair of a batch now: (pairs,)."""
-    return config.beta * ((_sums(learner, batch) - reference) @ torch.tensor([1.0, -1.0]))
+def _margins(sums: Tensor, reference: Tensor, config: DPOConfig) -> Tensor:
+    """Implicit reward of each pair's chosen reply less that of the rejected one: (pairs,)."""
+    return config.beta * ((sums - reference) @ torch.tensor([1.0, -1.0]))
 
 
-def _evaluate(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> None:
-    """Log loss (sigmoid, with the labels' noise), accuracy and margin of the held-out pairs, if any."""
-    if not batch.paths:
-        return
+def _evaluate(learner: Learner, batch: Batch, reference: Tensor, config: DPOConfig) -> Tensor:
+    """Log loss (sigmoid, with the labels' noise), accuracy and margin of the held-out pairs, if any; their margins."""
     sums = _sums(learner, batch)
-    out = losses.dpo(
-        sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], config.beta, smoothing=batch.noise,
-        lengths=batch.lengths, normalise=config.length_normalised,
-    )  # fmt: skip
-    learner.evaluated(out.loss.item(), evaluation_accuracy=out.accuracy.item(), evaluation_margin=out.margin.item())
+    if batch.paths:
+        out = losses.dpo(
+            sums[:, 0], sums[:, 1], reference[:, 0], reference[:, 1], config.beta, smoothing=batch.noise,
+            lengths=batch.lengths, normalise=config.length_normalised,
+        )  # fmt: skip
+        learner.evaluated(out.loss.item(), evaluation_accuracy=out.accuracy.item(), evaluation_margin=out.margin.item())
+    return _margins(sums, reference, config)

@@ -110,9 +110,10 @@ def train_sft(
         partial=work.partial, parallel=parallel,
     )  # fmt: skip
     before = _before(work, learner, held, config.patience is not None)
-    _learn(learner, batches, held, config, on_progress)
+    after = _learn(learner, batches, held, config, on_progress)
     kept = learner.return_to_best()
-    after = held.losses(learner)
+    if after is None or kept != learner.step:
+        after = held.losses(learner)
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
     if parallel.main:
@@ -132,16 +133,17 @@ def train_sft(
 
 def _learn(
     learner: Learner, batches: Sequence[Sequence[Lesson]], held: "HeldOut", config: SFTConfig, on_progress: Advance
-) -> None:
-    """Take the steps, with an evaluation every so many and after the last."""
-    patience = config.patience
+) -> list[Tensor] | None:
+    """Take the steps, with an evaluation every so many and after the last; the last one's losses, if any was made."""
+    patience, each = config.patience, None
     for step in learner.remaining_steps():
         if patience and learner.evaluations_since_best() >= patience:
             break
         learner.update(**accumulate(learner, batches[step], config.micro_batch_tokens))
         if (config.evaluate_every and (step + 1) % config.evaluate_every == 0) or step + 1 == len(batches):
-            held.evaluate(learner, keep_best=patience is not None)
+            each = held.evaluate(learner, keep_best=patience is not None)
         on_progress(step + 1, len(batches))
+    return each
 
 
 def accumulate(learner: Learner, lessons: Sequence[Lesson], limit: int) -> dict[str, float]:
