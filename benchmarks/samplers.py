@@ -70,11 +70,11 @@ def over_prompts(values: Sequence[Tensor]) -> Estimate:
 
 def difference(sampler: Sequence[Tensor], learner: Sequence[Tensor], truncate: float) -> Difference:
     """Log-probabilities of the same tokens, one tensor a prompt."""
-    apart = [b - a for a, b in zip(sampler, learner, strict=True)]
+    apart = [b.double() - a.double() for a, b in zip(sampler, learner, strict=True)]
     owner = torch.zeros(sum(map(len, apart)), dtype=torch.long)
     health = policy_gradient.importance(torch.cat(list(learner)), torch.cat(list(sampler)), owner, 1, truncate=truncate)
     return Difference(
-        over_prompts([d.abs() for d in apart]), over_prompts([d.exp() - d - 1 for d in apart]), health.health.mean,
+        over_prompts([d.abs() for d in apart]), over_prompts([torch.expm1(d) - d for d in apart]), health.health.mean,
         health.health.effective_share,
     )  # fmt: skip
 
