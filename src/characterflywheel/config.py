@@ -327,6 +327,7 @@ class SFTConfig(Section):
     evaluation_share: float = Field(
         0.1, ge=0, lt=1, description="share of users whose examples are not learnt but tell the evaluation loss"
     )
+    evaluation_examples: int = Field(256, ge=1, description="hold no more users out once they have so many examples")
     evaluate_every: int = Field(10, ge=0, description="steps between evaluations; 0: only before and after")
     patience: int | None = Field(
         None, ge=1, description="stop after so many evaluations in a row without a lower loss, with the best weights"

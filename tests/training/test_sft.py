@@ -107,7 +107,7 @@ HELD = SFTConfig(
 
 def test_held_out_users_are_not_learnt_but_measured(tiny_folder: Path, tmp_path: Path) -> None:
     summary = train(tmp_path / "a", tiny_folder, HELD, MANY)
-    split = hold_out(MANY, 0.25, 3)
+    split = hold_out(MANY, 0.25, 256, 3)
     assert len(split.held) == 3
     train(tmp_path / "b", tiny_folder, HELD.model_copy(update={"evaluation_share": 0.0}), split.learnt)
     assert same_weights(tmp_path / "a" / "model", tmp_path / "b" / "model"), "measuring changes nothing"
@@ -133,7 +133,7 @@ def test_the_evaluation_loss_is_that_of_transformers(tiny_folder: Path, tmp_path
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokens, total = 0, 0.0
         form = Learner(tiny_folder, learning_rate=1, steps=1, max_prompt_tokens=192, threads=1).format
-        for row in hold_out(MANY, 0.25, 3).held:
+        for row in hold_out(MANY, 0.25, 256, 3).held:
             ((path,),) = [lesson.paths for lesson in of_examples(form, [row], "last", 99).lessons.values()]
             ids = torch.tensor([sum(path, ())])
             labels = ids.clone()
@@ -148,7 +148,7 @@ def test_the_evaluation_loss_is_that_of_transformers(tiny_folder: Path, tmp_path
 
 def test_training_stops_early_and_keeps_the_best_weights(tiny_folder: Path, tmp_path: Path) -> None:
     """What is held out says another thing than what is learnt, so its loss soon rises."""
-    held = {e.id for e in hold_out(MANY, 0.25, 3).held}
+    held = {e.id for e in hold_out(MANY, 0.25, 256, 3).held}
     odd = [
         e.model_copy(update={"messages": (*e.messages[:-1], says("assistant", "zqx" * 5))}) if e.id in held else e
         for e in MANY
@@ -174,13 +174,19 @@ def test_nobody_held_out_is_said(tiny_folder: Path, tmp_path: Path) -> None:
 @given(st.lists(st.integers(0, 9), max_size=30), st.floats(0, 0.9), st.integers(0, 9))
 def test_a_user_is_held_out_whole(users: list[int], share: float, seed: int) -> None:
     rows = [example(i, f"reply {i}", asked=user) for i, user in enumerate(users)]
-    split = hold_out(rows, share, seed)
+    split = hold_out(rows, share, 256, seed)
     assert Counter(e.id for e in (*split.learnt, *split.held)) == Counter(e.id for e in rows)
     assert not {e.user_id for e in split.learnt} & {e.user_id for e in split.held}
     count = len(set(users))
     assert len({e.user_id for e in split.held}) == (max(1, round(share * count)) if share and count > 1 else 0)
-    again = hold_out(rows[::-1], share, seed)
+    again = hold_out(rows[::-1], share, 256, seed)
     assert {e.id for e in again.held} == {e.id for e in split.held}
+
+
+def test_no_more_users_are_held_out_once_they_have_enough_examples() -> None:
+    """Ten users with three examples each: for at least 7 examples three users are needed, though half may be held."""
+    rows = [example(3 * user + i, f"reply {i}", asked=user) for user in range(10) for i in range(3)]
+    assert [len(hold_out(rows, 0.5, most, 1).held) for most in (1, 3, 4, 7, 99)] == [3, 3, 6, 9, 15]
 
 
 def test_all_replies_of_a_conversation_are_learnt_where_asked(tiny_folder: Path, tmp_path: Path) -> None:

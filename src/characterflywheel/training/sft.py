@@ -4,6 +4,7 @@ A share of users is held out, and the loss on their examples is measured before,
 falls, training can stop early and go back to the best weights.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def train_sft(
     """
     parallel = parallel or Parallel.alone()
     offered = sources.offer(config, examples, reserved, safety)
-    split = hold_out(offered.examples, config.evaluation_share, work.seed)
+    split = hold_out(offered.examples, config.evaluation_share, config.evaluation_examples, work.seed)
     form = open_format(parent, config.max_prompt_tokens)
     seen = of_examples(form, [*split.learnt, *split.held], config.learn, config.max_reply_tokens)
     mixture = blend(
@@ -168,13 +169,16 @@ class Split(NamedTuple):
     held: list[Example]
 
 
-def hold_out(examples: Sequence[Example], share: float, seed: int) -> Split:
-    """Set `share` of the users aside, drawn by the seed; at least one of two, if any.
+def hold_out(examples: Sequence[Example], share: float, most: int, seed: int) -> Split:
+    """Set `share` of the users aside, drawn by the seed, but none more once they have `most` examples; at least one.
 
     Who wrote an example that names no user counts as another user each. Of a reply that is held out twice, one stays.
     """
-    users = sorted({_who(e) for e in examples}, key=lambda who: (derive_seed(seed, "held out", who), who))
-    aside = set(users[: max(1, round(share * len(users)))] if share and len(users) > 1 else ())
+    owned = Counter(_who(e) for e in examples)
+    users = sorted(owned, key=lambda who: (derive_seed(seed, "held out", who), who))
+    wanted = users[: max(1, round(share * len(users)))] if share and len(users) > 1 else []
+    held_before = itertools.accumulate((owned[who] for who in wanted), initial=0)
+    aside = {who for who, count in zip(wanted, held_before, strict=False) if count < most}
     held = {(e.prompt_id, e.messages[-1].content): e for e in sorted(examples, key=lambda e: e.id) if _who(e) in aside}
     return Split([e for e in examples if _who(e) not in aside], list(held.values()))
 
