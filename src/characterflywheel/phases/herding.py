@@ -9,12 +9,13 @@ from ..llm.encoder import shared_encoder
 from ..llm.models import encoder_folder
 from ..pipeline import Work
 from ..progress import progress
-from ..records import Example, Preference, Prompt, SetAside
+from ..records import Example, Preference, Prompt, PromptChoice, SetAside
 from ..safety import SafetyPolicy
 from ..training import dpo, rl, sft
 from ..training.dpo import DPOSummary
 from ..training.launch import Later, spread
 from ..training.rl import RLSummary
+from ..training.rl.prompts import choose
 from ..training.sft import TrainingSummary
 from ..training.sources import Reserved
 from ..workshop import Workshop, candidates, open_rewards
@@ -52,26 +53,35 @@ def train_dpo(shop: Workshop, work: Work) -> DPOSummary:
 
 
 def train_rl(shop: Workshop, work: Work) -> RLSummary:
-    """On prompts whose candidates' scores vary most, with the pointwise model as the reward."""
+    """On prompts chosen by their candidates' scores, with the pointwise model as the reward.
+
+    `prompts.parquet` says of each prompt why it was chosen.
+    """
     config, drawn = shop.config.rl, candidates(work)
     prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
     wanted = config.steps * config.prompts_per_step
-    chosen = rl.choose_prompts(prompts, drawn, wanted, config.ordinary_share, work.seed)
-    judge: Any = Later(partial(_open_pointwise, shop.config, work))  # every worker has its own
+    chosen = choose(
+        prompts, drawn, wanted, by=config.choose, ordinary_share=config.ordinary_share, seed=work.seed,
+        fresh_days=config.fresh_days,
+    )  # fmt: skip
+    tables.write(work.folder / "prompts.parquet", PromptChoice, chosen.why)
+    pointwise: Any = Later(partial(_open_judge, "pointwise", shop.config, work))  # every worker has its own
+    gold: Any = Later(partial(_open_judge, "gold", shop.config, work))
     safety: Any = Later(_open_safety)
     if shop.config.parallel.processes == 1:
-        judge, safety = shop.rewards(work).pointwise, shop.safety
+        judge = shop.rewards(work)
+        pointwise, gold, safety = judge.pointwise, judge.gold, shop.safety
     with progress("rl") as advance:
         return spread(
-            shop.config.parallel, rl.train_rl, work, config, work.inputs["model"] / "model", chosen, judge, safety,
-            threads=shop.threads, batch_replies=shop.config.models.batch_replies, device=shop.device,
-            on_progress=advance,
+            shop.config.parallel, rl.train_rl, work, config, work.inputs["model"] / "model", chosen.prompts, pointwise,
+            safety, gold=gold, threads=shop.threads, batch_replies=shop.config.models.batch_replies, device=shop.device,
+            gradient_checkpointing=shop.config.parallel.gradient_checkpointing, on_progress=advance,
         )  # fmt: skip
 
 
-def _open_pointwise(config: FlywheelConfig, work: Work, device: str) -> Any:
+def _open_judge(which: str, config: FlywheelConfig, work: Work, device: str) -> Any:
     encoder = shared_encoder(encoder_folder(config.models.encoder), config.models.threads)
-    return open_rewards(config, work, encoder, config.models.threads, device).pointwise
+    return getattr(open_rewards(config, work, encoder, config.models.threads, device), which)
 
 
 def _open_safety(device: str) -> SafetyPolicy:

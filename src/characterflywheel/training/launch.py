@@ -34,6 +34,11 @@ class Later:
     open: Callable[[str], Any]
 
 
+def opened(value: Any, device: str) -> Any:
+    """The value, or what it opens on this device."""
+    return value.open(device) if isinstance(value, Later) else value
+
+
 @dataclass(frozen=True)
 class Job:
     """What every worker is told: `function(work, *arguments, **settings)`."""
@@ -75,8 +80,8 @@ def spread(
     """
     if parallel.processes == 1:
         device = settings.get("device", "cpu")
-        opened = [a.open(device) if isinstance(a, Later) else a for a in arguments]
-        return function(work, *opened, on_progress=on_progress, **settings)
+        here = {name: opened(value, device) for name, value in settings.items()}
+        return function(work, *(opened(a, device) for a in arguments), on_progress=on_progress, **here)
     places = {name: work.partial / f"{name}.pickle" for name in ("job", "result", "failure")}
     for place in places.values():
         place.unlink(missing_ok=True)

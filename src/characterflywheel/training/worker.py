@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FlywheelError
 from ..pipeline import peak_memory_mb
-from .launch import LIFELINE, PROGRESS, Failure, Job, Later, Result
+from .launch import LIFELINE, PROGRESS, Failure, Job, Result, opened
 from .parallel import Parallel
 
 
@@ -45,7 +45,8 @@ def _work(job: Job) -> Result:
     settings["device"] = device = parallel.device or "cpu"
     if "threads" in settings and device == "cpu":
         settings["threads"] = max(1, settings["threads"] // parallel.local)
-    arguments = [a.open(device) if isinstance(a, Later) else a for a in job.arguments]
+    arguments = [opened(a, device) for a in job.arguments]
+    settings = {name: opened(value, device) for name, value in settings.items()}
     advance = _tell_progress if parallel.main else _say_nothing
     summary = job.function(job.work, *arguments, parallel=parallel, on_progress=advance, **settings)
     peaks = parallel.gather([peak_memory_mb()])
