@@ -44,7 +44,7 @@ from .workspace import Workspace
 
 S = TypeVar("S", bound=Record)
 Inputs = Mapping[str, Stage[Any]]
-VERSIONS = {"annotate": 2, "reward": 2, "rejection_sampling": 2, "sft": 2, "dpo": 2, "rl": 2}
+VERSIONS = {"annotate": 2, "reward": 2, "rejection_sampling": 3, "sft": 3, "dpo": 3, "rl": 3}
 """A stage whose code changes what it makes gets a new version here, so that old artifacts are not served."""
 
 Oracle = Callable[[Bank], Truth]
