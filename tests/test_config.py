@@ -20,13 +20,13 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert load(written(tmp_path, "")) == FlywheelConfig()
 
 
-@pytest.mark.parametrize("name", config.preset_names())
+@pytest.mark.parametrize("name", config.preset_names(), ids="preset {}".format)  # "gpu" alone would be a mark
 def test_presets_load(name: str, tmp_path: Path) -> None:
     assert isinstance(load(written(tmp_path, f'preset = "{name}"')), FlywheelConfig)
 
 
 def test_there_are_presets() -> None:
-    assert {"quick", "tiny"} <= set(config.preset_names())
+    assert {"cluster", "gpu", "quick", "tiny"} <= set(config.preset_names())
 
 
 def test_a_preset_fills_what_the_file_does_not_name(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_live_product_has_no_world(start: str, tmp_path: Path) -> None:
         ("[serving]\nqqq = 1\n", "unknown key 'serving.qqq'; known keys: temperature, max_tokens."),
         ("[sft]\nepochs = 0\n", "sft.epochs = 0: Input should be greater than or equal to 1"),
         ('[models]\nbackend = "magic"\n', "models.backend = 'magic'"),
-        ('preset = "huge"\n', "preset 'huge' does not exist; there are quick, tiny"),
+        ('preset = "huge"\n', "preset 'huge' does not exist; there are cluster, gpu, quick, tiny"),
         ("[sft\n", "is not valid TOML"),
         (
             "[curate]\nannotate_share = 0.6\ntrain_share = 0.3\nevaluate_share = 0.2\n",

@@ -64,7 +64,7 @@ def _open(folder: Path) -> "Workspace":
 @app.command()
 def init(
     folder: Folder,
-    preset: Annotated[str, typer.Option(help="sizes to start from: tiny or quick")] = "quick",
+    preset: Annotated[str, typer.Option(help="sizes to start from: tiny, quick, gpu or cluster")] = "quick",
 ) -> None:
     """Create a workspace with a dozen characters."""
     from . import workspace  # noqa: PLC0415
@@ -433,6 +433,23 @@ def doctor(
     missing = sum(check.state == "missing" for check in checks)
     if missing:
         raise FlywheelError(f"{missing} of {len(checks)} checks failed: see `missing` above.")
+
+
+@app.command()
+def memory(
+    folder: Folder,
+    gpus: Annotated[int | None, typer.Option(min=1, help="processes, one a GPU; as configured if absent")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB of each; this machine's or 80 GB if absent")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="whose peak the hours are of: H100, H200, A100 or L40S")] = "H100",
+    local: Annotated[int, typer.Option(min=1, help="GPUs of one machine")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Whether SFT, DPO and RL fit, how their steps are cut and how long they may take. Nothing is loaded or run."""
+    from . import memory_commands  # noqa: PLC0415
+
+    memory_commands.memory(_open(folder), gpus, gpu_memory, gpu, local, as_json)
 
 
 @app.command()
