@@ -13,12 +13,12 @@ SEGMENTS = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
 PATHS = st.lists(st.lists(SEGMENTS, min_size=1, max_size=4).map(tuple), min_size=1, max_size=8)
 
 
-def compare(layout: Forest) -> None:
+def compare(layout: Forest, *, queries: int = 4, keys: int = 2) -> None:
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(layout.tokens, heads, 8, generator=draw, requires_grad=True) for heads in (4, 2, 2))
-    weights = torch.randn(layout.tokens, 32, generator=draw)
+    q, k, v = (torch.randn(layout.tokens, heads, 8, generator=draw).requires_grad_() for heads in (queries, keys, keys))
+    weights = torch.randn(layout.tokens, 8 * queries, generator=draw)
     found = family_attention.attend(q, k, v, layout.families)
-    alike = (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+    alike = (q, *(t.repeat_interleave(queries // keys, 1) for t in (k, v)))
     trees = [([t[tree.start : tree.stop].transpose(0, 1) for t in alike], tree.mask) for tree in layout.trees]
     masked = [scaled_dot_product_attention(*parts, attn_mask=mask) for parts, mask in trees]
     expected = torch.cat([out.transpose(0, 1).flatten(1) for out in masked])
@@ -45,6 +45,11 @@ def test_large_families_are_divided_and_large_spans_attend_by_flash(
     monkeypatch.setattr(forest, "PLAIN_PAIRS", bound)
     monkeypatch.setattr(family_attention, "PLAIN_PAIRS", bound)
     compare(plant(paths))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (1, 1), (4, 1)])
+def test_any_number_of_heads(queries: int, keys: int) -> None:
+    compare(plant([((0, 1, 2), (i,) * (1 + i)) for i in range(3)] + [((5,), (6, 7))]), queries=queries, keys=keys)
 
 
 def test_replies_to_a_prompt_are_one_family_and_a_chain_is_one_span() -> None:

@@ -35,11 +35,11 @@ def _plain(family: Family, q: Tensor, k: Tensor, v: Tensor, k_above: Tensor | No
     members, length, kv, size = family.size, family.longest, k.shape[1], k.shape[2]
     if family.rows is not None:
         q, k, v = (t.index_select(0, family.rows) for t in (q, k, v))
-    q = (q * size**-0.5).view(members, length, kv, -1, size).permute(2, 0, 3, 1, 4).reshape(kv, -1, size)
-    k, v = (t.view(members, length, kv, size).permute(2, 0, 1, 3).reshape(-1, length, size) for t in (k, v))
+    q = (q * size**-0.5).reshape(members, length, kv, -1, size).permute(2, 0, 3, 1, 4).reshape(kv, -1, size)
+    k, v = (t.reshape(members, length, kv, size).permute(2, 0, 1, 3).reshape(-1, length, size) for t in (k, v))
     later = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     batch = kv * members
-    scores = (q.view(batch, -1, size) @ k.transpose(1, 2)).view(batch, -1, length, length).add_(later)
+    scores = (q.reshape(batch, -1, size) @ k.transpose(1, 2)).view(batch, -1, length, length).add_(later)
     if k_above is None or v_above is None:
         mixed = torch.softmax(scores, dim=-1).to(v.dtype).view(batch, -1, length) @ v
     else:
