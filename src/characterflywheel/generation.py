@@ -98,6 +98,7 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
         "selected": rejection,
         "sft": sft,
         "dpo": dpo,
+        "rl": rl,
         "replies": offline,
         "prompts": curate,
     }

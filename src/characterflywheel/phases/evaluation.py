@@ -8,14 +8,15 @@ from ..evaluation.stage import OfflineSummary, Reply
 from ..llm.base import Sampling
 from ..pipeline import Work
 from ..progress import progress
-from ..records import Candidate, Preference, Prompt, Rollout
+from ..records import Candidate, Example, Preference, Prompt, Rollout
 from ..release import gate
 from ..release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange
 from ..reward.judge import RewardSummary
 from ..reward.overoptimisation import stage as overoptimisation
 from ..reward.overoptimisation.stage import OveroptimisationSummary
 from ..style import stage as style_stage
-from ..style.stage import StyleSummary
+from ..style.stage import Learning, StyleSummary
+from ..training.mixture import MixtureRow
 from ..workshop import Workshop, candidates
 
 
@@ -62,6 +63,22 @@ def watch_style(shop: Workshop, work: Work) -> StyleSummary:
         work, tables.read(work.inputs["pairs"] / "pairs.parquet", Preference),
         tables.read(selected / "accepted.parquet", Candidate),
         tables.read(selected / "rejected.parquet", Candidate), prompts, checkpoints, shop.config.style.phrases,
+        counts=shop.config.style.counts, learning=_learning(shop, work),
+    )  # fmt: skip
+
+
+def _learning(shop: Workshop, work: Work) -> Learning:
+    """The replies of the model in service as it is, what SFT drew of traffic and rewrites, what RL drew."""
+    plain = {one.name for one in shop.config.rejection_sampling.pool
+             if one.source == "parent" and not one.coached and not one.hints}  # fmt: skip
+    selected = work.inputs["selected"]
+    drawn = [c for name in ("accepted", "rejected") for c in tables.read(selected / f"{name}.parquet", Candidate)]
+    offered = tables.read(selected / "examples.parquet", Example)
+    offered += tables.read(work.inputs["pairs"] / "rewrites.parquet", Example)
+    learnt = {row.example_id for row in tables.read(work.inputs["sft"] / "mixture.parquet", MixtureRow)}
+    return Learning(
+        own=[c for c in drawn if c.policy in plain], learnt=[e for e in offered if e.id in learnt],
+        rollouts=tables.read(work.inputs["rl"] / "rollouts.parquet", Rollout), windows=shop.config.style.rl_windows,
     )  # fmt: skip
 
 
@@ -80,7 +97,7 @@ def decide(shop: Workshop, work: Work) -> GateDecision:
         instruction_following=Change(old=steered.instruction_following.before, new=steered.instruction_following),
         instruction_violation=Change(old=steered.instruction_violation.before, new=steered.instruction_violation),
         style={
-            shift.feature: StyleChange(old=shift.before, new=shift.after)
+            shift.feature: StyleChange(old=shift.before, new=shift.after, alarm=shift.alarm, rides=shift.rides)
             for shift in style.drift
             if shift.before is not None and shift.after is not None
         },
