@@ -29,9 +29,9 @@ class Scored(NamedTuple):
 def token_logprobs(head: Any, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Scored:
     """Log-probabilities of `targets` (S,) under softmax(head(states) / temperature), states (S, width).
 
-    A head that is not an ordinary linear layer without bias (one split over processes, an adapted one) is called.
+    A head that is not a linear layer without bias (an adapted one) is called.
     """
-    if type(head) is not nn.Linear or head.bias is not None:
+    if not isinstance(head, nn.Linear) or head.bias is not None:
         logs = torch.log_softmax(head(states).float() / temperature, dim=-1)
         with torch.no_grad():
             entropy = -(logs.exp() * logs).sum(-1)

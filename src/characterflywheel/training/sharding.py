@@ -109,6 +109,8 @@ def shard(model: Any, mesh: DeviceMesh, gathered: torch.dtype) -> None:
     for layer in backbone.layers:
         inside = getattr(layer, "run_as", None) or partial(_run, layer)
         _count_as_forward(layer, inside)
+    if model.lm_head in units:
+        _count_as_forward(model.lm_head, partial(_run_whole, model.lm_head))
     _count_as_forward(model, partial(_run_whole, model))
 
 
