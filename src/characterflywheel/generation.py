@@ -103,7 +103,8 @@ def compose(config: FlywheelConfig, number: int, shop: Workshop) -> tuple[Stage[
         "prompts": curate,
     }
     style = stage("style", config.style, StyleSummary, evaluation.watch_style, watched)
-    evidence: Inputs = {"offline": offline, "style": style, "reward": reward, "climbed": overoptimisation}
+    judged: Inputs = {"offline": offline, "style": style, "reward": reward}
+    evidence: Inputs = {**judged, "climbed": overoptimisation, "policy": rl}
     gate = stage("gate", config.gate, GateDecision, evaluation.decide, evidence)
     allowed: Inputs = {"model": rl, "prompts": curate, "gate": gate, "window": window}
     release = stage("release", config.experiment, BankSummary, online.release, allowed)

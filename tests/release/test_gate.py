@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from characterflywheel.config import GateConfig
 from characterflywheel.records import Estimate
-from characterflywheel.release.gate import HARMS, Change, Gained, GateDecision, GateEvidence, StyleChange, decide
+from characterflywheel.release.gate import HARMS, Change, Gained, GateDecision, GateEvidence, Rung, StyleChange, decide
 from characterflywheel.reward.overoptimisation.curve import nothing
 
 CONFIG = GateConfig()
@@ -196,6 +196,15 @@ def test_a_curve_without_points_is_no_evidence() -> None:
     decision = decide(CONFIG, GOOD.model_copy(update={"gained": Gained.of(none, KNOWS)}))
     assert decision.decision == "hold"
     assert failed(decision) == {"gold reward follows the proxy": "not measured: no rollout is left"}
+
+
+def test_an_alarm_of_rl_holds_and_a_silent_one_passes() -> None:
+    rung = Rung(step=8, value=0.72, bound=0.65, says="the reward prefers 72% of replies to the start's")
+    watched = GOOD.model_copy(update={"alarms": {"win_rate": rung, "kl": None}})
+    decision = decide(CONFIG, watched)
+    assert decision.decision == "hold"
+    assert failed(decision) == {"alarm of online RL, win rate": f"rang at step 8: {rung.says}"}
+    assert len(decision.criteria) == len(decide(CONFIG, GOOD).criteria) + 2
 
 
 def test_the_reason_of_a_missing_measurement_is_told() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .. import tables
+from ..config import FlywheelConfig
 from ..evaluation import stage as offline
 from ..evaluation.stage import OfflineSummary, Reply
 from ..llm.base import Sampling
@@ -10,13 +11,14 @@ from ..pipeline import Work
 from ..progress import progress
 from ..records import Candidate, Example, Preference, Prompt, Rollout
 from ..release import gate
-from ..release.gate import Change, Gained, GateDecision, GateEvidence, StyleChange
+from ..release.gate import Change, Gained, GateDecision, GateEvidence, Rung, StyleChange
 from ..reward.judge import RewardSummary
 from ..reward.overoptimisation import stage as overoptimisation
 from ..reward.overoptimisation.stage import OveroptimisationSummary
 from ..style import stage as style_stage
 from ..style.stage import Learning, StyleSummary
 from ..training.mixture import MixtureRow
+from ..training.rl import RLSummary
 from ..workshop import Workshop, candidates
 
 
@@ -102,9 +104,22 @@ def decide(shop: Workshop, work: Work) -> GateDecision:
             if shift.before is not None and shift.after is not None
         },
         reward_accuracy={"pointwise": reward.pointwise_accuracy, "pairwise": reward.pairwise_accuracy},
+        alarms=_rung(work.inputs["policy"].summary, shop.config),
         gained=Gained.of(climbed.rl, climbed.gold_accuracy) if shop.config.reward.gold_share else None,
     )
     return gate.decide(shop.config.gate, evidence)
+
+
+def _rung(learnt: RLSummary, config: FlywheelConfig) -> dict[str, Rung | None]:
+    """The first alarm of each kind that RL watched for; drift of style has criteria of its own."""
+    if not config.rl.alarms.every:
+        return {}
+    kinds = ["kl", "entropy", "win_rate", *(["gold"] if config.reward.gold_share else [])]
+    found: dict[str, Rung | None] = dict.fromkeys(kinds)
+    for one in learnt.alarms:
+        if one.kind in found and found[one.kind] is None:
+            found[one.kind] = Rung(step=one.step, value=one.value, bound=one.bound, says=one.says)
+    return found
 
 
 def _answer(shop: Workshop, folder: Path, name: str, prompts: list[Prompt], seed: int) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterator
 from typing import Final, Literal
 
+from pydantic import Field
+
 from ..config import GateConfig
 from ..ledger import OptimisationCurve
 from ..records import Estimate, Record
@@ -68,6 +70,15 @@ class Gained(Record):
         return cls(proxy=rl.points[-1].proxy, gold=rl.points[-1].gold, accuracy=accuracy)
 
 
+class Rung(Record):
+    """An alarm of online RL at the step where it first rang."""
+
+    step: int
+    value: float
+    bound: float
+    says: str
+
+
 class GateEvidence(Record):
     """All that the gate looks at. What is absent counts as not measured.
 
@@ -79,6 +90,7 @@ class GateEvidence(Record):
         style: by feature.
         reward_accuracy: by judge, on held-out pairs.
         gained: None where no gold model was asked for, which is then no criterion.
+        alarms: of online RL, by kind, None for one that was silent; empty where nothing watched, which is no criterion.
     """
 
     win_rates: dict[str, dict[str, Estimate]]
@@ -88,6 +100,7 @@ class GateEvidence(Record):
     style: dict[str, StyleChange]
     reward_accuracy: dict[str, Estimate]
     gained: Gained | None = None
+    alarms: dict[str, Rung | None] = Field(default_factory=dict)
 
 
 class Criterion(Record):
@@ -144,6 +157,7 @@ def decide(config: GateConfig, evidence: GateEvidence) -> GateDecision:
         *_style(config, evidence),
         *_reward(evidence),
         *_gold(evidence),
+        *_alarms(evidence),
     )
     if any(c.passed is False and c.severity == "reject" for c in criteria):
         return GateDecision(decision="reject", criteria=criteria)
@@ -298,6 +312,16 @@ def _gold(evidence: GateEvidence) -> Iterator[Criterion]:
     told = f"proxy {proxy.value:+.2f}, gold {gold.value:+.2f} [{gold.low:+.2f}, {gold.high:+.2f}]"
     note = f"{told}: the interval lies below zero, so the policy games its reward" if fell else told
     yield Criterion(name=name, value=gold, bound=0.0, passed=not fell, severity="hold", note=note)
+
+
+def _alarms(evidence: GateEvidence) -> Iterator[Criterion]:
+    """What rang while the policy learnt, even if it is silent by now."""
+    for kind, rung in sorted(evidence.alarms.items()):
+        note = "silent" if rung is None else f"rang at step {rung.step}: {rung.says}"
+        yield Criterion(
+            name=f"alarm of online RL, {kind.replace('_', ' ')}", value=None if rung is None else rung.value,
+            bound=0.0 if rung is None else rung.bound, passed=rung is None, severity="hold", note=note,
+        )  # fmt: skip
 
 
 def _unmeasured(name: str, bound: float, estimate: Estimate | None) -> Criterion:
