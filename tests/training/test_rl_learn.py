@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,14 @@ def rollouts(mine: Learner, rewards: Sequence[float], noise: float = 0.3) -> lis
                 reward=reward)
         for i, (ids, reward) in enumerate(zip(replies, rewards, strict=True))
     ]  # fmt: skip
-    logs = read(mine.model, whole_groups(bare, segments(mine, len(bare) // 4)), CONFIG, ALONE, device="cpu")
+    logs = read(
+        mine.model,
+        whole_groups(bare, segments(mine, len(bare) // 4)),
+        CONFIG,
+        ALONE,
+        device="cpu",
+        autocast=nullcontext,
+    )
     return [
         r.model_copy(update={"logprobs": tuple(v + rng.gauss(0, noise) for v in logs[i].tolist())})
         for i, r in enumerate(bare)
@@ -102,7 +110,7 @@ def test_grpo_is_the_plain_computation_in_any_micro_batches(
     rows = rollouts(mine, REWARDS)
     found = teach(rows, segments(mine, 3), config)
     rng = torch.Generator().manual_seed(2)
-    logs = read(mine.model, found.lessons, config, ALONE, device="cpu")
+    logs = read(mine.model, found.lessons, config, ALONE, device="cpu", autocast=nullcontext)
     before = {i: v + 0.2 * torch.randn(v.shape, generator=rng) for i, v in logs.items()}
     reference = {i: v + 0.3 * torch.randn(v.shape, generator=rng) for i, v in logs.items()}
     out = step(mine, found.lessons, config, before, reference)
@@ -140,7 +148,7 @@ def test_online_dpo_is_the_plain_computation(micro: int, mine: Learner, tiny_fol
     found = teach(rollouts(mine, REWARDS), segments(mine, 3), config)
     assert [lesson.numbers for lesson in found.lessons] == [(1, 3), (11, 8)]
     assert (found.equal_groups, found.advantage) == (1, None)
-    logs = read(mine.model, found.lessons, config, ALONE, device="cpu")
+    logs = read(mine.model, found.lessons, config, ALONE, device="cpu", autocast=nullcontext)
     rng = torch.Generator().manual_seed(2)
     reference = {i: v + 0.3 * torch.randn(v.shape, generator=rng) for i, v in logs.items()}
     out = step(mine, found.lessons, config, reference=reference)
@@ -193,7 +201,7 @@ def test_the_first_update_has_a_ratio_of_one_and_later_ones_are_clipped(mine: Le
     config = CONFIG.model_copy(update={"updates_per_step": 2, "micro_batch_tokens": 60})
     found = teach(rollouts(mine, REWARDS, noise=0.0), segments(mine, 3), config)
     one, two = mini_batches(found.lessons, config, 1)
-    before = read(mine.model, two, config, ALONE, device="cpu")
+    before = read(mine.model, two, config, ALONE, device="cpu", autocast=nullcontext)
     first = step(mine, one, config)
     assert first.clipped_share == 0
     assert first.health.mean == pytest.approx(1, abs=1e-5)
@@ -230,7 +238,9 @@ def test_tokens_without_a_sane_ratio_are_masked_and_counted(value: float, mine: 
 
 def test_a_policy_that_moved_too_far_within_a_step_is_a_clear_error(mine: Learner) -> None:
     found = teach(rollouts(mine, REWARDS), segments(mine, 3), CONFIG)
-    before = {i: v - 30 for i, v in read(mine.model, found.lessons, CONFIG, ALONE, device="cpu").items()}
+    before = {
+        i: v - 30 for i, v in read(mine.model, found.lessons, CONFIG, ALONE, device="cpu", autocast=nullcontext).items()
+    }
     far = CONFIG.model_copy(update={"max_exploded_share": 0.99})
     with pytest.raises(FlywheelError, match=r"moved by 30 within one step"):
         step(mine, found.lessons, far, before)

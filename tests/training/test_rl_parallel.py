@@ -15,13 +15,13 @@ from characterflywheel.llm import native
 from characterflywheel.records import Rollout
 from characterflywheel.training import learner, sharding
 from characterflywheel.training.parallel import Parallel, Sharding
-from characterflywheel.training.rl import samplers, stage
+from characterflywheel.training.rl import samplers
 
 CONFIG = RLConfig(
     steps=2, prompts_per_step=3, group=4, learning_rate=1e-3, temperature=1.0, max_tokens=6, updates_per_step=2,
     kl_weight=0.1, micro_batch_tokens=60, alarms=RLAlarmsConfig(every=1, kl_max=1e-9, stop=("gold",)),
 )  # fmt: skip
-MODULES: tuple[Any, ...] = (native, learner, sharding, samplers, stage)
+MODULES: tuple[Any, ...] = (native, learner, sharding, samplers)
 
 
 def _float32(device: str = "cpu") -> torch.dtype:

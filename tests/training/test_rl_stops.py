@@ -42,7 +42,7 @@ def free(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_look_sets_the_policy_against_its_start(free: Path) -> None:
     """At the first step they are one policy: no divergence but rounding's, and about as many wins as losses."""
     rows = metrics(free)
-    assert abs(rows[0]["kl_to_start"]) < 0.1
+    assert rows[0]["kl_to_start"] == pytest.approx(0, abs=1e-6), "the same products of the same weights"
     assert rows[-1]["kl_to_start"] > 0.5
     assert all(row["gold_gain"] == pytest.approx(-row["score_gain"]) for row in rows)
     looks = tables.read(free / "looks.parquet", Look)
@@ -96,7 +96,7 @@ def test_a_stop_keeps_the_weights_of_the_last_good_look(
 ) -> None:
     """The bound lies between the divergences of two looks. What drew the good one has learnt from the steps before."""
     seen = [row["kl_to_start"] for row in metrics(free)]
-    bad = next(i for i in range(2, 5) if seen[i - 1] == max(seen[:i]) and i > 1 and seen[i - 1] > 2 * seen[i - 2] > 0)
+    bad = next(step for step in (3, 4) if seen[step - 1] > max(seen[: step - 1]))
     config = watched(kl_max=(seen[bad - 1] + max(seen[: bad - 1])) / 2, stop=("kl",))
     summary = train(tmp_path / "stopped", tiny_folder, config)
     assert summary.stopped is not None
@@ -108,13 +108,11 @@ def test_a_stop_keeps_the_weights_of_the_last_good_look(
     monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", -1.0)
     with pytest.raises(Killed):
         train(tmp_path / "killed", tiny_folder, config, on_progress=dies_at(bad - 1))
-    state = torch.load(tmp_path / "killed" / ".partial" / "learner.pt", weights_only=True) if bad > 2 else None
-    if state is None:
-        assert same_weights(tmp_path / "stopped" / "model", tiny_folder)
-    else:
-        assert state["step"] == bad - 2
-        kept = weights(tmp_path / "stopped" / "model")
-        assert torch.equal(kept["model.norm.weight"], state["parameters"][-1])
+    state = torch.load(tmp_path / "killed" / ".partial" / "learner.pt", weights_only=True)
+    assert state["step"] == bad - 2
+    kept = weights(tmp_path / "stopped" / "model")
+    assert torch.equal(kept["model.norm.weight"], state["parameters"][-1])
+    assert torch.equal(kept["model.embed_tokens.weight"], state["parameters"][0])
 
 
 def test_a_stop_at_the_first_look_keeps_the_start(tiny_folder: Path, tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def test_style_drift_needs_a_discovery_and_an_effect() -> None:
     assert emoji.low == pytest.approx(row.low / values.std())
     assert emoji.says.startswith("emojis 0 to 0.917")
     assert emoji.n == 12
+    few = dict(list(asked.items())[:7])
+    assert alarms(SEEN._replace(style=watch.style_drift(few, plain[:7], happy[:7], "x")), CONFIG) == [], (
+        "too few prompts"
+    )
     strict = RLAlarmsConfig(style_effect=50.0)
     assert alarms(SEEN._replace(style=rows), strict) == []
 

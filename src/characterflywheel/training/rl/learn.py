@@ -6,8 +6,8 @@ Losses are sums over totals of the mini-batch, so that any cut and any number of
 """
 
 import random
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -128,13 +128,13 @@ def mini_batches(lessons: Sequence[Lesson], config: RLConfig, seed: int) -> list
 @torch.no_grad()
 def read(
     model: Any, lessons: Sequence[Lesson], config: RLConfig, parallel: Parallel, *, device: str,
-    autocast: AbstractContextManager[Any] | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Logs:  # fmt: skip
     """The log-probabilities of all replies of the lessons under a model as it is now, on every process."""
     found: list[tuple[int, Tensor]] = []
     for turn in parallel.turns(plan([lesson.paths for lesson in lessons], config.micro_batch_tokens)):
         batch = [lessons[i] for i in turn.batch]
-        with autocast or nullcontext():
+        with autocast():
             tokens = reply_logprobs(model, _paths(batch), temperature=config.temperature, device=device)
         found += _by_number(batch, tokens).items() if turn.counts else ()
     return dict(parallel.gather(found))

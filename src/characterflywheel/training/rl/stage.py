@@ -13,14 +13,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ... import tables
 from ...config import RLConfig
 from ...errors import FlywheelError
-from ...llm.native import fast_dtype, load_model
+from ...llm.native import load_model
 from ...pipeline import Work
 from ...progress import Advance
 from ...records import Dropped, Prompt, Record, Rollout
 from ...safety.policy import SafetyPolicy
+from ..adapters import adapted
 from ..learner import Learner
 from ..parallel import Parallel
 from . import watch
@@ -149,8 +152,10 @@ def _begin(
 
 
 def _start_weights(parent: Path, learner: Learner) -> Any:
+    if adapted(learner.model):
+        return learner.model
     if not learner.parallel.sharded:
-        return load_model(parent, fast_dtype(learner.device), learner.device)[0]
+        return load_model(parent, torch.float32, learner.device)[0].requires_grad_(False)
     from ..sharding import load_sharded  # noqa: PLC0415 - distributed modules take seconds, and one process has none
 
     return load_sharded(parent, learner.parallel, learner.device, lambda model: model.requires_grad_(False))

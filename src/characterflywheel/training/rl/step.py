@@ -7,7 +7,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,8 @@ class Stop(Record):
 class Run:
     """All that a step needs. `start`: the start's replies by prompt, to those that will be looked at.
 
-    `reference`: the start's weights, None where nothing asks for them.
+    `reference`: the start's weights in float32, None where nothing asks for them; the learner's own model where it
+    trains adapters, which are then put aside.
     """
 
     work: Work
@@ -72,8 +74,25 @@ class Run:
         return [step for step in range(1, until + 1) if self.looks_at(step)]
 
     def under_reference(self, lessons: Sequence[Lesson]) -> Logs:
-        with self.rollouts.clock("reference"):
-            return read(self.reference, lessons, self.config, self.parallel, device=self.learner.device)
+        """By the same products as the learner's, so that rounding cancels where both are one."""
+        with self.rollouts.clock("reference"), without_adapters(self.reference):
+            return read(
+                self.reference, lessons, self.config, self.parallel, device=self.learner.device,
+                autocast=self.learner.autocast,
+            )  # fmt: skip
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The model as it was before adapters were attached, if any are."""
+    layers = [part for part in model.modules() if hasattr(part, "get_delta_weight")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def take_update(run: Run, step: int, number: int) -> None:
@@ -89,7 +108,7 @@ def take_update(run: Run, step: int, number: int) -> None:
         for later in parts[1 : config.updates_per_step]:
             with clock("forward"):
                 before |= read(
-                    learner.model, later, config, run.parallel, device=learner.device, autocast=learner.autocast()
+                    learner.model, later, config, run.parallel, device=learner.device, autocast=learner.autocast
                 )
     else:
         before = {i: torch.tensor(r.learner_logprobs) for i, r in enumerate(rollouts) if r.learner_logprobs is not None}

@@ -9,7 +9,8 @@ of every interval.
     entropy    the next token's entropy, mean over the last steps over mean over the first, is below its bound
     win_rate   the reward model's win rate over the start is above its bound, and its interval above one half
     gold       the score is up and the gold model's score is down, both intervals clear of 0
-    style      a style feature drifted: a discovery (Benjamini-Hochberg over features) with an effect
+    style      a style feature drifted: a discovery (Benjamini-Hochberg over features) with an effect, its interval
+               clear of 0, on `STYLE_PROMPTS` prompts or more
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from ...config import RLAlarmsConfig
 from ...records import Estimate, Prompt, Record
 from ...style.monitor import FALSE_DISCOVERY_RATE, Difference, Reply, compare, side
 
+STYLE_PROMPTS = 8
+"""With fewer prompts a rare feature can differ by the same in all of them, which a t-test takes for certainty."""
 AlarmKind = Literal["kl", "entropy", "win_rate", "gold", "style"]
 
 
@@ -170,9 +173,10 @@ def alarms(seen: Seen, config: RLAlarmsConfig) -> list[Alarm]:
     if gold is not None and _above(score) and gold.high is not None and gold.high < 0:
         ring("gold", gold, 0.0, f"score {score.value:+.2f} over the start, gold score {gold.value:+.2f}")
     for one in seen.style:
-        if one.effect is None or one.q is None or one.difference is None:
+        if one.effect is None or one.q is None or one.difference is None or one.n < STYLE_PROMPTS:
             continue
-        if one.q < FALSE_DISCOVERY_RATE and abs(one.effect) >= config.style_effect:
+        clear = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
+        if clear and one.q < FALSE_DISCOVERY_RATE and abs(one.effect) >= config.style_effect:
             scale = one.effect / one.difference
             low, high = (None if end is None else end * scale for end in (one.low, one.high))
             effect = Estimate(value=one.effect, low=low, high=high, n=one.n)
