@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from packaging.requirements import Requirement
 
-from .config import ModelsConfig
+from .config import FlywheelConfig, ParallelConfig
 from .errors import FlywheelError
 from .llm import models
 from .workspace import Workspace
@@ -37,10 +37,13 @@ class Check(NamedTuple):
 def examine(folder: Path | None = None) -> list[Check]:
     """Everything worth knowing about this machine; with a workspace, its configuration and models too."""
     checks = [python(), packages(), *workspace(folder)]
-    settings = _settings(folder)
+    config = _settings(folder)
+    settings = config.models
     checks += [base_model(settings.base), encoder(settings.encoder), chitchat(), cores(settings.threads), bfloat16()]
     if settings.device != "cpu":
         checks.append(device(settings.device))
+    if config.parallel.processes > 1:
+        checks.append(workers(config.parallel, settings.device))
     return [*checks, memory(), disk(folder or Path.cwd()), disk(models.cache_folder()), chromium()]
 
 
@@ -146,6 +149,26 @@ def device(name: str) -> Check:
     return Check("device", "ok", name)
 
 
+def workers(parallel: ParallelConfig, device: str) -> Check:
+    """Whether the processes that train together can be started from here, each with its own GPU if it needs one."""
+    wanted = f"{parallel.processes} training processes"
+    if parallel.launch:
+        found = shutil.which(parallel.launch[0])
+        if found is None:
+            remedy = "install it, or name another command in [parallel] launch"
+            return Check("workers", "missing", f"{wanted}, started by {parallel.launch[0]!r}, which is absent", remedy)
+        return Check("workers", "ok", f"{wanted}, started by {found}")
+    if device == "cpu":
+        return Check("workers", "ok", f"{wanted} on this machine's cores")
+    import torch  # noqa: PLC0415
+
+    gpus = torch.cuda.device_count()
+    if gpus < parallel.processes:
+        remedy = f"set parallel.processes = {max(1, gpus)}, or say in [parallel] launch how other machines take part"
+        return Check("workers", "missing", f"{wanted}, and {gpus} GPUs on this machine", remedy)
+    return Check("workers", "ok", f"{wanted} on {gpus} GPUs")
+
+
 def memory() -> Check:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if total < MEMORY_GB:
@@ -169,11 +192,11 @@ def chromium() -> Check:
     return Check("chromium", "note", "absent, so browser tests skip", "apt-get install chromium")
 
 
-def _settings(folder: Path | None) -> ModelsConfig:
+def _settings(folder: Path | None) -> FlywheelConfig:
     try:
-        return Workspace.open(folder).config().models if folder else ModelsConfig()
+        return Workspace.open(folder).config() if folder else FlywheelConfig()
     except FlywheelError:
-        return ModelsConfig()
+        return FlywheelConfig()
 
 
 def _package(name: str, package: str) -> Check:

@@ -113,7 +113,7 @@ def test_a_killed_worker_s_stage_goes_on(
     how: Sharding, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 of one of two real workers: the error says so, and the same command ends in the same bytes."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, Path(__file__).parents[:2])))
     config = SFT.model_copy(update={"epochs": 60, "learning_rate": 1e-3})
     two = ParallelConfig(processes=2, sharding=how)
     run = functools.partial(spread, two, slowly, threads=1, device="cpu", on_progress=lambda done, total: None)

@@ -18,10 +18,9 @@ def main(path: Path) -> int:
     """Do this process's part of the job; the main one writes the result. Returns the exit status."""
     if os.environ.get(LIFELINE):
         threading.Thread(target=_die_with_the_parent, daemon=True).start()
-    job: Job = pickle.loads(path.read_bytes())
     rank = int(os.environ.get("RANK", "0"))
     try:
-        result = _work(job)
+        result = _work(pickle.loads(path.read_bytes()))
     except Exception as error:  # the boundary of this process: told to the parent, which raises it again
         told = str(error) if isinstance(error, FlywheelError) else None
         _tell_first(path.with_name("failure.pickle"), Failure(rank, told, traceback.format_exc()))
