@@ -67,6 +67,20 @@ def test_the_reward_rises(tiny_folder: Path, tmp_path: Path) -> None:
     assert (summary.first_reward, summary.last_reward) == (rows[0]["reward"], rows[-1]["reward"])
 
 
+@pytest.mark.slow
+def test_online_dpo_raises_it_too_and_by_several_updates_a_step(tiny_folder: Path, tmp_path: Path) -> None:
+    """Best against worst of each group; the margin to the start grows with what is learnt."""
+    config = CONFIG.model_copy(
+        update={"algorithm": "online_dpo", "prompts_per_step": 4, "updates_per_step": 2, "steps": 16}
+    )
+    train(tmp_path, tiny_folder, config, LETTERS)
+    rows = metrics(tmp_path)
+    assert mean(rows[-5:], "reward") > mean(rows[:5], "reward") + mean(rows[:5], "reward_deviation")
+    assert mean(rows[-4:], "margin") > mean(rows[:4], "margin")
+    learnt = [r.learner_logprobs is not None for r in tables.read(tmp_path / "rollouts.parquet", Rollout)]
+    assert sum(learnt) == 16 * 4 * 2
+
+
 def test_sampler_and_trainer_stay_close(tiny_folder: Path, tmp_path: Path) -> None:
     """Both in bfloat16 but in other orders: the importance weights are near 1 and hardly cost samples."""
     train(tmp_path, tiny_folder, FEW)
