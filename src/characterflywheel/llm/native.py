@@ -18,7 +18,9 @@ from torch import Tensor
 
 from .base import Sampling
 from .chat_format import ChatFormat
-from .shared_prefix import Segment, check_family, finish_layer, hidden_states, plant, project
+from .decoder_weights import Weights, weights
+from .forest import Segment, plant
+from .shared_prefix import check_family
 from .token_sampler import Drawn, TokenSampler
 
 BLOCK = 128
@@ -59,6 +61,7 @@ class NativeModel(TokenSampler):
         self.model, self.name, self.threads, self.batch_replies = model, name, threads, batch_replies
         self.format = ChatFormat(tokenizer, max_prompt_tokens)
         self.ends = end_tokens(model) | {tokenizer.eos_token_id}
+        self._weights: Weights | None = None
 
     @classmethod
     def load(cls, folder: Path, name: str, *, device: str = "cpu", **settings: int) -> "NativeModel":
@@ -99,7 +102,9 @@ class NativeModel(TokenSampler):
     def decoder(self, slots: int, n: int, sampling: Sampling, longest: int) -> "Decoder":
         """An empty decoder for prompts of at most `longest` tokens; for the thread that will use it."""
         torch.set_num_threads(self.threads)
-        return Decoder(self.model, slots, n, sampling, longest, self.ends)
+        with torch.inference_mode():
+            self._weights = weights(self.model, self._weights)
+        return Decoder(self.model, self._weights, slots, n, sampling, longest, self.ends)
 
     def cache_bytes(self, tokens: int) -> int:
         """The keys and values of so many tokens."""
@@ -128,8 +133,11 @@ class Decoder:
     rows go through the linear layers at every step.
     """
 
-    def __init__(self, model: Any, slots: int, n: int, sampling: Sampling, longest: int, ends: frozenset[int]) -> None:
+    def __init__(
+        self, model: Any, weights: Weights, slots: int, n: int, sampling: Sampling, longest: int, ends: frozenset[int]
+    ) -> None:
         config, self.model, self.n, self.sampling, self.ends = model.config, model, n, sampling, ends
+        self.weights = weights
         self.size, self.running = slots, list[Slot]()
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         kv, size = config.num_key_value_heads, model.model.layers[0].self_attn.head_dim
@@ -155,10 +163,8 @@ class Decoder:
         `limits`: most tokens of each prompt's replies, at most `sampling.max_tokens`, which it is if absent.
         """
         limits = limits or [self.sampling.max_tokens] * len(indices)
-        keep: list[tuple[Tensor, Tensor]] = []
         forest = plant(prompts, self.device)
-        states = hidden_states(self.model.model, forest, keep=keep)
-        first = self.model.lm_head(states[torch.stack([rows[-1] for rows in forest.rows])]).float()
+        first, keep = self.weights.prefill(forest, torch.stack([rows[-1] for rows in forest.rows]))
         for number, (index, rows, seed, most) in enumerate(zip(indices, forest.rows, seeds, limits, strict=True)):
             place = len(self.running)
             for layer, (k, v) in enumerate(keep):
@@ -209,24 +215,22 @@ class Decoder:
 
     def _forward(self, tokens: Tensor) -> None:
         """Feed the drawn tokens (P, n) of the running prompts and keep the next logits."""
-        backbone, (p, n) = self.model.model, tokens.shape
+        p, n = tokens.shape
         length, step = self.prompt_length[:p], self.step_of[:p]
         longest, written = int(length.max()), int(step.max()) + 1
-        x = backbone.embed_tokens(tokens.flatten())
-        position = (length + step).repeat_interleave(n)
-        cos, sin = backbone.rotary_emb(x.unsqueeze(0), position_ids=position.unsqueeze(0))
-        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        x = self.model.model.embed_tokens(tokens.flatten())
+        turn = self.weights.turn((length + step).repeat_interleave(n))
         past_bias = _bias(torch.arange(longest, device=self.device) >= length.unsqueeze(1))[:, None, None]
         own_bias = _bias(torch.arange(written, device=self.device) > step.unsqueeze(1))[:, None, None, None]
         place = torch.arange(p, device=self.device)
-        for number, layer in enumerate(backbone.layers):
-            q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
+        for number, layer in enumerate(self.weights.layers):
+            q, k, v = layer.project(x, turn)
             kv, size = k.shape[1], k.shape[2]
-            self.reply_k[number, place, :, :, step] = k.view(p, n, kv, size)
-            self.reply_v[number, place, :, :, step] = v.view(p, n, kv, size)
+            self.reply_k[number, place, :, :, step] = k.reshape(p, n, kv, size)
+            self.reply_v[number, place, :, :, step] = v.reshape(p, n, kv, size)
             pk, pv = self.prompt_k[number, :p, :, :longest], self.prompt_v[number, :p, :, :longest]
             rk, rv = self.reply_k[number, :p, :, :, :written], self.reply_v[number, :p, :, :, :written]
-            q = q.view(p, n, kv, -1, size) * size**-0.5
+            q = q.reshape(p, n, kv, -1, size) * size**-0.5
             group = q.shape[3]
             # queries that share a key-value head go together: for the prompt, those of all n replies
             to_prompt = q.permute(0, 2, 1, 3, 4).reshape(p, kv, n * group, size)
@@ -236,8 +240,8 @@ class Decoder:
             weights = torch.softmax(torch.cat((prompt_scores, reply_scores), dim=-1), dim=-1).to(self.dtype)
             from_prompt = weights[..., :longest].transpose(1, 2).reshape(p, kv, n * group, longest) @ pv
             mixed = weights[..., longest:] @ rv + from_prompt.view(p, kv, n, group, size).transpose(1, 2)
-            x = finish_layer(layer, x, mixed.reshape(p * n, -1))
-        self.logits[:p] = self.model.lm_head(backbone.norm(x)).float().view(p, n, -1)
+            x = layer.finish(x, mixed.reshape(p * n, -1))
+        self.logits[:p] = self.weights.logits(x).view(p, n, -1)
         self.step_of[:p] += 1
 
 

@@ -92,15 +92,25 @@ class LlamaLayer:
     down: Linear
 
     def __call__(self, x: Tensor, now: "Pass") -> Tensor:
+        q, k, v = self.project(x, now.turn)
+        if now.keep is not None:
+            now.keep.append((k, v))
+        if now.rows is not None:
+            q, x = q[now.rows], x[now.rows]
+        return self.finish(x, attend(q, k, v, now.among))
+
+    def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: (rows, heads, size)."""
         qkv = self.qkv(functional.rms_norm(x, x.shape[-1:], self.before, self.eps))
         qkv = qkv.view(len(x), -1, self.size)
         kv = (qkv.shape[1] - self.heads) // 2
         pairs = torch.view_as_complex(qkv[:, :-kv].float().view(len(x), -1, self.size // 2, 2))
-        turned = torch.view_as_real(pairs * now.turn).flatten(2).to(x.dtype)
-        q, k, v = turned[:, : self.heads], turned[:, self.heads :], qkv[:, -kv:]
-        if now.rows is not None:
-            q, x = q[now.rows], x[now.rows]
-        x = self.output.plus(attend(q, k, v, now.among), x)
+        turned = torch.view_as_real(pairs * turn).flatten(2).to(x.dtype)
+        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, -kv:]
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The next states, given these and attention's result (rows, heads * size)."""
+        x = self.output.plus(mixed, x)
         h = functional.rms_norm(x, x.shape[-1:], self.between, self.eps)
         return self.down.plus(self.up.times(h, self.gate(h, self.activation)), x)
 
@@ -133,11 +143,16 @@ class BertLayer:
 
 
 class Pass(NamedTuple):
-    """What a layer needs besides states: who attends to whom, the rows to go on with (None: all), the rotations."""
+    """What a layer needs besides states: who attends to whom, the rows to go on with (None: all), the rotations.
+
+    `keep` collects each Llama layer's rotated keys and its values, as `shared_prefix.hidden_states` does; the two
+    halves of what rotates lie side by side in them.
+    """
 
     among: Sequence[Group]
     rows: Tensor | None
     turn: Tensor
+    keep: list[tuple[Tensor, Tensor]] | None = None
 
 
 class Packed:
@@ -161,14 +176,16 @@ class Packed:
         self._sampled = torch.cat(self._samples).clone()
 
     @torch.no_grad()
-    def hidden_states(self, forest: Forest, read: Sequence[int]) -> Tensor:
-        """Final states of the ascending rows `read`: float32 (len(read), width)."""
+    def hidden_states(
+        self, forest: Forest, read: Sequence[int], *, keep: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Final states of the ascending rows `read`: float32 (len(read), width). `keep`: see `Pass`."""
         self.check()
         rows = torch.tensor(read, device=forest.ids.device)
         with torch.autocast(forest.ids.device.type, enabled=False):
             x, turn = self._embed(forest)
-            everyone = Pass(groups(forest, both_ways=self.both_ways), None, turn)
-            readers = Pass(groups(forest, both_ways=self.both_ways, read=read), rows, turn)
+            everyone = Pass(groups(forest, both_ways=self.both_ways), None, turn, keep)
+            readers = Pass(groups(forest, both_ways=self.both_ways, read=read), rows, turn, keep)
             for layer in self.layers[:-1]:
                 x = layer(x, everyone)
             x = self.layers[-1](x, readers).float()
@@ -180,8 +197,13 @@ class Packed:
         Every parameter's address, version and values spread over it are compared: versions do not count what fused
         AdamW or a write through `.data` does. What is written through `.data` to other values alone is not noticed.
         """
-        if self._versions() != self._state or not torch.equal(torch.cat(self._samples), self._sampled):
+        if self.changed:
             raise FlywheelError("the model's weights have changed since they were packed: pack it again.")
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model's weights are no longer those that were packed, as far as `check` can tell."""
+        return self._versions() != self._state or not torch.equal(torch.cat(self._samples), self._sampled)
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for p in self.model.parameters()]
@@ -190,9 +212,15 @@ class Packed:
         if self.both_ways:
             return prefix_encoder.embed(self.model, forest).to(self.dtype), torch.empty(0)
         x = self.model.embed_tokens(forest.ids)
-        cos, sin = self.model.rotary_emb(x.unsqueeze(0), position_ids=forest.positions.unsqueeze(0))
-        half = cos.shape[-1] // 2
-        return x.to(self.dtype), torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float()).unsqueeze(1)
+        return x.to(self.dtype), turn(self.model, forest.positions)
+
+
+def turn(model: Any, positions: Tensor) -> Tensor:
+    """The rotations at these positions as complex numbers: (positions, 1, head size / 2)."""
+    like = next(model.parameters())[:1]
+    cos, sin = model.rotary_emb(like, position_ids=positions.unsqueeze(0))
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float()).unsqueeze(1)
 
 
 def _keep_freed_memory() -> None:
