@@ -5,7 +5,8 @@
 Both really train, with the product's and TRL's own loops: 8 prompts with 8 replies of 32 tokens make one step, for
 long prompts (200 tokens) and short ones (32). Prompts are words in random order, each with a system prompt of its own,
 so that nothing is shared between them. Nobody may end a reply early, so both draw and learn the same number of tokens.
-The reward is one sequence classifier of the policy's size, saved by our package and opened by both.
+The reward is one sequence classifier of the policy's size, saved by our package and opened by both. There is no KL term
+on either side, and on ours no look at how far the policy went (`rl.alarms`), which TRL does not have.
 
 TRL runs in several settings (`--peers`); a speedup is to the fastest of them, `speedup_default_*` to TRL's default
 (bfloat16 autocast, checkpointed activations, micro-batches of 8), `speedup_float32_*` is ours against TRL's with all
@@ -44,7 +45,7 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Seque
     """Train with the product's stage; the clocks are put around its functions before it is imported."""
     import torch  # noqa: PLC0415
 
-    from characterflywheel.config import RLConfig  # noqa: PLC0415
+    from characterflywheel.config import RLAlarmsConfig, RLConfig  # noqa: PLC0415
     from characterflywheel.llm import native, shared_prefix  # noqa: PLC0415
     from characterflywheel.pipeline import Work  # noqa: PLC0415
 
@@ -55,7 +56,7 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Seque
     turn.clock(torch.Tensor, "backward", "backward")
     turn.clock(torch.optim.AdamW, "step", "optimiser")
     turn.clock(native.NativeModel, "sample", "sampling")
-    endless(native.NativeModel)
+    drawn = endless(native.NativeModel)
 
     from characterflywheel.reward.export import load_pointwise  # noqa: PLC0415
     from characterflywheel.reward.pointwise import Pointwise  # noqa: PLC0415
@@ -68,7 +69,8 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Seque
     watch_updates(learner.Learner, log)
     config = RLConfig(
         steps=len(prompts) // args.prompts, prompts_per_step=args.prompts, group=args.replies,
-        learning_rate=LEARNING_RATE, temperature=1.0, max_tokens=args.reply_tokens, max_prompt_tokens=4096,
+        learning_rate=LEARNING_RATE, temperature=1.0, max_tokens=args.reply_tokens,
+        max_prompt_tokens=max(args.long, args.short), alarms=RLAlarmsConfig(every=0),
     )  # fmt: skip
     policy, reward = folders
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,13 +78,20 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Seque
             Work(Path(scratch), seed=0), config, policy, [as_prompt(i, p) for i, p in enumerate(prompts)],
             load_pointwise(reward, args.threads, args.device), SafetyPolicy(),
             threads=args.threads, batch_replies=args.prompts * args.replies, device=args.device,
-            on_progress=lambda done, total: turn.over(**log[-1]),
+            on_progress=lambda done, total: turn.over(**log[-1] | {"tokens": drawn.pop()}),
         )  # fmt: skip
 
 
-def endless(sampler: Any) -> None:
-    """Let no token end a reply."""
-    original = sampler.decoder
+def endless(sampler: Any) -> list[int]:
+    """Let no token end a reply; a list to which every call adds how many tokens it drew."""
+    original, sample = sampler.decoder, sampler.sample
+    drawn: list[int] = []
+
+    @functools.wraps(sample)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found = sample(*args, **kwargs)
+        drawn.append(sum(len(ids) for group in found for ids, _ in group))
+        return found
 
     @functools.wraps(original)
     def decoder(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +99,8 @@ def endless(sampler: Any) -> None:
         made.ends = frozenset()
         return made
 
-    sampler.decoder = decoder
+    sampler.decoder, sampler.sample = decoder, counted
+    return drawn
 
 
 def as_prompt(number: int, messages: Sequence[dict[str, str]]) -> Any:
