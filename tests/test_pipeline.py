@@ -1,6 +1,9 @@
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from characterflywheel import ids
+from characterflywheel import ids, pipeline
 from characterflywheel.pipeline import Runner, Stage, Work, output_hashes, summary_line, write_atomically
 from characterflywheel.records import ChatMessage, Record
 
@@ -172,6 +175,80 @@ def test_the_record_is_written_last_and_at_once(tmp_path: Path, monkeypatch: pyt
     assert not runner.is_complete(stage())
     monkeypatch.setattr(Path, "replace", replace)
     assert sorted(p.name for p in runner.run(stage()).folder.iterdir()) == ["artifact.json", "out.txt"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from characterflywheel import pipeline
+from test_pipeline import stage, trained
+
+module = getattr(pipeline, sys.argv[2])
+setattr(module, sys.argv[3], lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL))
+pipeline.Runner(Path(sys.argv[1])).run(stage(trained))
+"""
+
+
+def killed(root: Path, module: str, name: str) -> None:
+    """Run the stage in a process that dies where `pipeline` calls this function of a module."""
+    words = [sys.executable, "-c", KILLED, str(root), module, name]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def trained(work: Work) -> Count:
+    """Hours of work, whose every step is kept; says how many it had to do."""
+    kept = work.partial / "steps"
+    done = int(kept.read_text("utf-8")) if kept.exists() else 0
+    kept.write_text("3", encoding="utf-8")
+    (work.folder / "model").mkdir()
+    (work.folder / "model" / "weights").write_text("after 3 steps", encoding="utf-8")
+    return Count(lines=3 - done)
+
+
+@pytest.mark.parametrize(("module", "name"), [("hashlib", "file_digest"), ("os", "fsync")])
+def test_training_that_is_killed_while_its_record_is_made_is_not_done_again(
+    module: str, name: str, tmp_path: Path
+) -> None:
+    """Files of hundreds of gigabytes take minutes to hash: until the record is there, so are the partial results."""
+    killed(tmp_path, module, name)
+    runner, mine = Runner(tmp_path), stage(trained)
+    assert not runner.is_complete(mine)
+    made = runner.run(mine)
+    assert made.summary == Count(lines=0), "no step had to be done again"
+    assert set(made.record.outputs) == {"model/weights"}
+    assert sorted(p.name for p in made.folder.iterdir()) == ["artifact.json", "model"]
+
+
+def test_partial_results_beside_a_record_go_with_the_next_load(tmp_path: Path) -> None:
+    """Killed between the record and their removal."""
+    killed(tmp_path, "shutil", "rmtree")
+    runner, mine = Runner(tmp_path), stage(trained)
+    folder = runner.folder(mine)
+    assert sorted(p.name for p in folder.iterdir()) == [".partial", "artifact.json", "model"]
+    assert set(output_hashes(folder)) == {"model/weights"}
+    assert runner.run(mine).summary == Count(lines=3), "it is complete"
+    assert sorted(p.name for p in folder.iterdir()) == ["artifact.json", "model"]
+
+
+def test_the_record_waits_until_all_files_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fsync` is asked for in turn: every file and folder, then the record, then the folder that it is named in;
+    partial results are there until after that."""
+    synced: list[str] = []
+
+    def notes(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(path.relative_to(tmp_path.resolve()).as_posix())
+        assert (path.parent if path.is_file() else path).exists()
+        assert (runner.folder(mine) / ".partial" / "steps").exists()
+
+    runner, mine = Runner(tmp_path), stage(trained)
+    monkeypatch.setattr(pipeline.os, "fsync", notes)
+    runner.run(mine)
+    *files, record, last = synced
+    name = mine.folder_name
+    assert set(files) == {f"{name}/model/weights", f"{name}/model", name, "."}
+    assert (record, last) == (f"{name}/artifact.json.writing", name)
 
 
 def test_what_was_paid_for_is_not_paid_for_twice(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Stages as values, their artifacts, and a runner that resumes (DESIGN section 4).
 
 A stage's folder is `NAME-HASH`, the hash over its version, config, seed and the hashes of its inputs. The
-function writes its files there and returns a typed summary; `artifact.json` is written last and atomically, so
-its presence means that the stage is complete. A changed identity is a new folder; nothing stale is served.
+function writes its files there and returns a typed summary; `artifact.json` is written last and atomically, after
+all other files are on the disk, so its presence means that the stage is complete. Only then are the partial results
+that a killed stage resumes from removed. A changed identity is a new folder; nothing stale is served.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from . import __version__, ids, tables
 R = TypeVar("R", bound=BaseModel)
 S = TypeVar("S", bound=BaseModel)
 UNHASHED = ("artifact.json", "timing.jsonl")
+PARTIAL = ".partial"
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "tea-tasting")
 
 
@@ -84,7 +86,7 @@ class Work:
     @property
     def partial(self) -> Path:
         """A folder that survives a kill and is removed when the stage completes."""
-        path = self.folder / ".partial"
+        path = self.folder / PARTIAL
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -145,9 +147,10 @@ class Runner:
         return (self.folder(stage) / "artifact.json").exists()
 
     def load(self, stage: Stage[S]) -> Artifact[S]:
-        """The artifact of a completed stage."""
+        """The artifact of a completed stage; partial results that a kill left beside it go."""
         folder = self.folder(stage)
         record = ArtifactRecord.model_validate_json((folder / "artifact.json").read_text(encoding="utf-8"))
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         return Artifact(stage.name, folder, stage.summary.model_validate(record.summary), record)
 
     def run(self, stage: Stage[S]) -> Artifact[S]:
@@ -165,7 +168,6 @@ class Runner:
         work = Work(folder, ids.derive_seed(stage.seed, stage.name), inputs)
         summary = stage.run(work)
         seconds = time.monotonic() - started
-        shutil.rmtree(folder / ".partial", ignore_errors=True)
         record = ArtifactRecord(
             stage=stage.name,
             hash=stage.hash,
@@ -182,7 +184,10 @@ class Runner:
             peak_memory_mb=round(peak_memory_mb(), 1),
             notes=work.notes,
         )
+        flush(folder)
         write_atomically(folder / "artifact.json", record.model_dump_json(indent=1))
+        _fsync(folder)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         self.announce(stage.name, f"{seconds:.1f} s · {summary_line(summary)}")
         release_memory()
         return self.load(stage)
@@ -213,10 +218,29 @@ def peak_memory_mb() -> float:
 def output_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of an artifact, by path relative to its folder.
 
-    Left out are `artifact.json`, and `timing.jsonl`, whose seconds differ from run to run.
+    Left out are `artifact.json`, `timing.jsonl`, whose seconds differ from run to run, and partial results.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in UNHASHED)
+    paths = sorted(path for path in _outputs(folder) if path.is_file() and path.name not in UNHASHED)
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
+def flush(folder: Path) -> None:
+    """Have every file and folder of an artifact on the disk, so that a power cut after this takes none of it."""
+    for path in (*_outputs(folder), folder, folder.parent):
+        _fsync(path)
+
+
+def _outputs(folder: Path) -> list[Path]:
+    """The files and folders of an artifact, but for partial results."""
+    return [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != PARTIAL]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -251,5 +275,5 @@ def _remove_unfinished(folder: Path) -> None:
     """Clear what a killed run left, except `.partial`, which stages resume from."""
     if folder.exists():
         for path in folder.iterdir():
-            if path.name != ".partial":
+            if path.name != PARTIAL:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
