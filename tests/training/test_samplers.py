@@ -181,13 +181,35 @@ def test_a_server_loads_what_is_pushed(
     assert apart(sampler, old, drawn(sampler)) < 1e-4
     for version in (1, 2):
         sampler.push(new, version=version)
-        assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == ["ours.txt", f"version-00000{version}"]
+        assert [path.name for path in (tmp_path / "weights").glob("flywheel-*/*")] == [f"version-00000{version}"]
     assert apart(sampler, new, drawn(sampler)) < 1e-4
     assert (sampler.versions, sampler.stale) == ([[2] * 3] * 4, 0)
     paths = [path for path, _ in server[0].asked]
     assert paths.count("/reset_prefix_cache") == (3 if reload == "vllm" else 0)
     sampler.close()
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["ours.txt"]
+
+
+def test_only_a_run_s_own_weights_are_ever_removed(
+    tiny_folder: Path, tmp_path: Path, server: tuple[TokenServer, str]
+) -> None:
+    """Two runs share a folder with weights of somebody else; one of them is killed and begins again."""
+    weights = tmp_path / "weights"
+    (weights / "version-2-final").mkdir(parents=True)
+    (weights / "version-2-final" / "model.safetensors").write_text("somebody's", encoding="utf-8")
+    one, other = (far(tiny_folder, tmp_path / name, server, weights_folder=str(weights)) for name in ("one", "other"))
+    one.push(tiny_llama(seed=1), version=7)
+    other.push(tiny_llama(seed=2), version=9)
+    assert sorted(path.name for path in weights.glob("flywheel-*/*")) == ["version-000007", "version-000009"]
+    one.engine.endpoint.close()  # type: ignore[attr-defined]  # and no more: as a kill
+    again = far(tiny_folder, tmp_path / "one", server, weights_folder=str(weights))
+    assert sorted(path.name for path in weights.glob("flywheel-*/*")) == ["version-000000", "version-000009"]
+    again.close()
+    assert [path.name for path in weights.glob("flywheel-*/*")] == ["version-000009"]
+    other.close()
+    assert [path.relative_to(weights).as_posix() for path in weights.rglob("*")] == [
+        "version-2-final", "version-2-final/model.safetensors",
+    ]  # fmt: skip
 
 
 def test_what_a_server_draws_with_older_weights_is_counted(

@@ -1,9 +1,11 @@
 """Samplers that load new weights from a folder: vLLM in this process, or a server (PAPER section 4, DESIGN section 9).
 
 vLLM's workers load a folder of weights in place of their own (`reload_weights`); another server is told by a POST. A
-folder is there completely or not at all, and the one before is kept until the new one is loaded.
+folder is there completely or not at all, and the one before is kept until the new one is loaded. In the folder that a
+server shares, a run has one of its own and leaves all else alone.
 """
 
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from ...errors import FlywheelError, SamplerGone
 from ...llm.endpoint import EndpointModel
 from ...llm.token_sampler import Drawn
 from ...llm.vllm import VLLMModel
+from ...pipeline import write_atomically
 from ..parallel import Parallel
 from ..sharding import save_whole, whole_weights
 from .sampler import Place, Sampler
@@ -64,13 +67,13 @@ class Remote(Sampler):
     engine: EndpointModel
 
     def __init__(self, engine: EndpointModel, kind: str, place: Place, dtype: torch.dtype, weights: Path) -> None:
-        """Brings the stage's start to the server."""
+        """Brings the stage's start to the server, by a folder of this run's own in `weights`."""
         super().__init__(engine, kind)
-        self._place, self._dtype, self._weights, self._failed = place, dtype, weights, 0
+        self._place, self._dtype, self._weights, self._failed = place, dtype, weights / _own_name(place), 0
         self.loaded = -1
         folder = self._target(0)
         if place.parallel.main:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._weights, ignore_errors=True)  # what a killed run left
             shutil.copytree(place.folder, folder)
         self._reload(folder, 0)
         engine.check_temperature()
@@ -112,9 +115,9 @@ class Remote(Sampler):
         else:
             endpoint.tried("POST", how, {"path": str(folder), "version": version})
 
-    def _drop_others(self, folder: Path | None) -> None:
+    def _drop_others(self, folder: Path) -> None:
         if self._place.parallel.main:
-            for other in self._weights.glob("version-*"):
+            for other in self._weights.iterdir():
                 if other != folder:
                     shutil.rmtree(other, ignore_errors=True)
 
@@ -126,4 +129,18 @@ class Remote(Sampler):
 
     def close(self) -> None:
         self.engine.endpoint.close()
-        self._drop_others(None)
+        if self._place.parallel.main:
+            shutil.rmtree(self._weights, ignore_errors=True)
+            shutil.rmtree(self._place.scratch, ignore_errors=True)
+
+
+def _own_name(place: Place) -> str:
+    """Of a folder that no other run uses, also not one of the same stage on another machine; kept over a kill."""
+    names = list[str]()
+    if place.parallel.main:
+        kept = place.scratch / "own-folder"
+        if not kept.exists():
+            place.scratch.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, f"flywheel-{secrets.token_hex(8)}")
+        names.append(kept.read_text(encoding="utf-8"))
+    return place.parallel.gather(names)[0]
