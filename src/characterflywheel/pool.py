@@ -18,6 +18,7 @@ from .annotation.candidates import HINTS, RewritePolicy
 from .config import PolicyConfig, RejectionConfig
 from .errors import FlywheelError
 from .llm.base import ChatModel, Completion, Sampling
+from .llm.connection import refuse_password
 from .llm.identity import identity
 from .llm.models import base_model_folder
 from .records import ChatMessage
@@ -181,7 +182,8 @@ class EndpointModel:
         self, address: str, model: str, *, key: str | None = None, patience_s: float = PATIENCE_S,
         timeout_s: float = 600.0, concurrent: int = CONCURRENT,
     ) -> None:  # fmt: skip
-        """Raises FlywheelError where `address` is no http address or the key cannot be sent."""
+        """Raises FlywheelError where `address` is no http address or holds a password, or the key cannot be sent."""
+        refuse_password(address, "a policy's source", "its key_env")
         self.name, self.address = model, address
         self._key, self._patience_s, self._timeout_s, self._concurrent = key, patience_s, timeout_s, concurrent
         try:

@@ -186,6 +186,18 @@ def test_a_server_that_is_gone_is_asked_again_with_longer_pauses() -> None:
         Endpoint("nowhere:1")
 
 
+@pytest.mark.parametrize(
+    "address", ["http://user:SECRET@127.0.0.1:1", "https://SECRET@host/v1", "user:SECRET@host:1", "ftp://u:SECRET@host"]
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(
+        FlywheelError, match=r"rl\.sampler\.address has a user or password .*rl\.sampler\.key_env"
+    ) as told:
+        Endpoint(address)
+    assert "SECRET" not in str(told.value)
+    Endpoint("http://host/models/@one/v1").close()
+
+
 def test_a_server_that_loses_requests_is_gone() -> None:
     """It takes the request and closes the connection, three times."""
     taken: list[bytes] = []

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -28,7 +29,8 @@ class Endpoint:
         self, address: str, *, key: str = "", patience_s: float = 60.0, timeout_s: float = 600.0,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        """Raises FlywheelError where `address` is no http address."""
+        """Raises FlywheelError where `address` is no http address, or holds a password."""
+        refuse_password(address, "rl.sampler.address", "rl.sampler.key_env")
         if not address.startswith(("http://", "https://")):
             raise FlywheelError(f"the sampler's address {address!r} is no address such as http://HOST:8000.")
         self.address = address.rstrip("/").removesuffix("/v1")
@@ -94,3 +96,17 @@ class Endpoint:
                 )
             self._sleep(pause)
         raise AssertionError("counting has no end")
+
+
+def refuse_password(address: str, setting: str, key_env: str) -> None:
+    """Messages name addresses and logs keep messages, so `http://USER:PASSWORD@HOST` is refused, and not repeated here.
+
+    Raises:
+        FlywheelError: something stands before an `@` in front of the host.
+    """
+    web = address.startswith(("http://", "https://"))
+    if "@" in (urlsplit(address).netloc if web else address):
+        raise FlywheelError(
+            f"{setting} has a user or password before its host, which messages would repeat: leave out all up to the "
+            f"@, and put the key into the environment variable that {key_env} names."
+        )
