@@ -11,7 +11,7 @@ from scipy import stats
 from characterflywheel.errors import FlywheelError
 from characterflywheel.records import ChatMessage
 from characterflywheel.style.features import FEATURES, Feature
-from characterflywheel.style.monitor import Reply, Side, compare, side
+from characterflywheel.style.monitor import MIN_PROMPTS, Reply, Side, compare, side
 
 HISTORY = (ChatMessage(role="user", content="tell me something"),)
 WORDS = "sun moon sea tide gull sail rope mast wind rain wave star".split()  # noqa: SIM905
@@ -49,6 +49,23 @@ def test_no_alarm_is_told_beside_an_interval_that_holds_zero() -> None:
     assert (row.q < 0.05, row.difference, row.alarm) == (True, pytest.approx(-0.1), False)
     assert row.effect == pytest.approx(-0.1 / np.sqrt(0.05 * 0.95))
     assert row.high == pytest.approx(-0.1 + np.hypot(0.0876, 0.0604), abs=1e-3)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_handful_of_prompts_that_differ_alike_is_no_alarm(shared: bool) -> None:
+    """Every reply ends in "." before and in "!" after, so that a t test has no variance and takes two prompts for
+    certainty. It needs `MIN_PROMPTS`; two users with a coin each would agree so in one of two."""
+
+    def ends(name: str, n: int, mark: str) -> Side:
+        prefix = "p" if shared else name
+        return side(name, [Reply(f"{prefix}{i}", f"{prefix}{i}", HISTORY, f"tea{mark}") for i in range(n)])
+
+    for n in (2, 3, MIN_PROMPTS - 1):
+        rows = compare("checkpoints", ends("old", n, "."), ends("new", n, "!"))
+        assert [row.feature for row in rows if row.alarm] == []
+        assert any(row.q == 0 for row in rows), "what would have rung"
+    rows = compare("checkpoints", ends("old", MIN_PROMPTS, "."), ends("new", MIN_PROMPTS, "!"))
+    assert "exclamations" in {row.feature for row in rows if row.alarm}
 
 
 def test_false_discoveries_are_controlled() -> None:

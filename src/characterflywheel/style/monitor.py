@@ -6,7 +6,7 @@ prompt first, so that a prompt with eight candidates counts once. Where the side
 are paired by prompt; where they do not, means are compared as Welch does. Intervals are clustered by user. Over the
 features of one comparison the false discovery rate is controlled (Benjamini and Hochberg 1995), so that where two
 sides do not differ at all, at most a twentieth of such comparisons has a discovery. An alarm needs an effect
-too, and an interval clear of zero: that of rare flags is wider than their test.
+too, an interval clear of zero, as that of rare flags is wider than their test, and `MIN_PROMPTS` prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +24,8 @@ from .features import FEATURES, Feature, measure
 
 FALSE_DISCOVERY_RATE = 0.05
 EFFECT_ALARM = 0.2
+MIN_PROMPTS = 8
+"""With fewer prompts a rare feature can differ by the same in all of them, which a t-test takes for certainty."""
 Kind = Literal["pairs", "selection", "mixture", "checkpoints", "rl"]
 
 
@@ -173,5 +175,6 @@ def _test(a: Side, b: Side, number: int, *, binary: bool, paired: bool) -> tuple
 
 def _with_alarm(row: Difference, q: float) -> Difference:
     clear = row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
-    alarm = clear and q < FALSE_DISCOVERY_RATE and row.effect is not None and abs(row.effect) >= EFFECT_ALARM
+    found = clear and q < FALSE_DISCOVERY_RATE and row.n >= MIN_PROMPTS
+    alarm = found and row.effect is not None and abs(row.effect) >= EFFECT_ALARM
     return row.model_copy(update={"q": q, "alarm": alarm})
