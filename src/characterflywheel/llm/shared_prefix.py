@@ -21,6 +21,7 @@ from ..errors import FlywheelError
 from . import family_attention
 from .as_forward import as_forward
 from .forest import Forest, Path, Segment, plant
+from .rms_norm import rms_norm
 from .token_logprobs import token_logprobs
 
 __all__ = ["Forest", "Path", "Segment", "check_family", "hidden_states", "plant", "reply_logprobs"]
@@ -56,7 +57,7 @@ def run_layer(
     layer: Any, x: Tensor, cos: Tensor, sin: Tensor, forest: Forest, keep: list[tuple[Tensor, Tensor]] | None = None
 ) -> Tensor:
     """One layer over the rows of a forest: (N, width) -> (N, width). What checkpoints or shards layers wraps this."""
-    q, k, v = project(layer.self_attn, layer.input_layernorm(x), cos, sin)
+    q, k, v = project(layer.self_attn, rms_norm(layer.input_layernorm, x), cos, sin)
     if keep is not None:
         keep.append((k, v))
     if x.is_cpu:
@@ -80,7 +81,7 @@ def project(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def finish_layer(layer: Any, x: Tensor, mixed: Tensor) -> Tensor:
     """Output projection, residuals and feed-forward of a layer; `mixed` is attention's result (rows, width)."""
     x = x + layer.self_attn.o_proj(mixed)
-    return x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[no-any-return]
+    return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))  # type: ignore[no-any-return]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
