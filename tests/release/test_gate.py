@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 
 from characterflywheel.config import GateConfig
 from characterflywheel.records import Estimate
-from characterflywheel.release.gate import HARMS, Change, Gained, GateDecision, GateEvidence, Rung, StyleChange, decide
+from characterflywheel.release.gate import (
+    HARMS,
+    Change,
+    Gained,
+    GateDecision,
+    GateEvidence,
+    RLAlarm,
+    StyleChange,
+    decide,
+)
 from characterflywheel.reward.overoptimisation.curve import nothing
 
 CONFIG = GateConfig()
@@ -198,13 +207,28 @@ def test_a_curve_without_points_is_no_evidence() -> None:
     assert failed(decision) == {"gold reward follows the proxy": "not measured: no rollout is left"}
 
 
-def test_an_alarm_of_rl_holds_and_a_silent_one_passes() -> None:
-    rung = Rung(step=8, value=0.72, bound=0.65, says="the reward prefers 72% of replies to the start's")
-    watched = GOOD.model_copy(update={"alarms": {"win_rate": rung, "kl": None}})
-    decision = decide(CONFIG, watched)
+def test_an_alarm_of_rl_holds_where_it_rings_at_the_last_look_and_passes_where_it_is_silent() -> None:
+    """What rang before is told and not held against a model: looks are many."""
+    wins, kl = Estimate(value=0.72, low=0.6, high=0.8, n=8), Estimate(value=2.0, n=8)
+    rings = RLAlarm(
+        step=8, measured=wins, bound=0.65, says="the reward prefers 72% of replies to the start's", rang=(4,)
+    )
+    silent = RLAlarm(step=8, measured=kl, bound=10.0, says=None, rang=(2, 5))
+    decision = decide(CONFIG, GOOD.model_copy(update={"alarms": {"win_rate": rings, "kl": silent}}))
     assert decision.decision == "hold"
-    assert failed(decision) == {"alarm of online RL, win rate": f"rang at step 8: {rung.says}"}
+    assert failed(decision) == {"alarm of online RL, win rate": f"rings at step 8, the last look: {rings.says}"}
+    (told,) = (one for one in decision.criteria if one.name == "alarm of online RL, kl")
+    assert (told.passed, told.value, told.bound) == (True, kl, 10.0)
+    assert told.note == "silent at step 8, the last look; rang at step 2, 5"
     assert len(decision.criteria) == len(decide(CONFIG, GOOD).criteria) + 2
+
+
+def test_an_alarm_of_rl_that_measured_nothing_is_not_silent() -> None:
+    unknown = Estimate(value=None, n=0, reason="1 steps, at least two are needed")
+    alarm = RLAlarm(step=1, measured=unknown, bound=0.5, says=None)
+    decision = decide(CONFIG, GOOD.model_copy(update={"alarms": {"entropy": alarm}}))
+    assert (decision.decision, decision.criteria[-1].passed) == ("hold", None)
+    assert failed(decision) == {"alarm of online RL, entropy": f"not measured: {unknown.reason}"}
 
 
 def test_the_reason_of_a_missing_measurement_is_told() -> None:

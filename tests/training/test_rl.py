@@ -17,7 +17,8 @@ from characterflywheel.pipeline import Work
 from characterflywheel.records import Candidate, ChatMessage, Rollout
 from characterflywheel.safety.policy import SafetyPolicy
 from characterflywheel.training import learner
-from characterflywheel.training.rl import RLSummary, choose_prompts, train_rl
+from characterflywheel.training.rl import RLSummary, train_rl
+from characterflywheel.training.rl.prompts import choose
 
 UNWATCHED = RLAlarmsConfig(every=0)
 CONFIG = RLConfig(
@@ -95,9 +96,10 @@ def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Pat
     summary = train(tmp_path, tiny_folder, FEW, Judged(lambda text: 0.7))
     assert summary.equal_groups == FEW.steps * FEW.prompts_per_step
     assert summary.trained_tokens == 0 < summary.sampled_tokens
-    assert (summary.entropy, summary.effective_share) == (None, None), "not measured is not zero"
+    assert summary.effective_share is None, "not measured is not zero"
+    assert summary.entropy == metrics(tmp_path)[-1]["entropy"] > 0, "of all rollouts, whether or not they teach"
     assert "effective samples unknown" in summary.line()
-    assert {"loss", "entropy"}.isdisjoint(metrics(tmp_path)[0])
+    assert "loss" not in metrics(tmp_path)[0]
     assert {r.learner_logprobs for r in tables.read(tmp_path / "rollouts.parquet", Rollout)} == {None}
     assert same_weights(tmp_path / "model", tiny_folder)
 
@@ -223,17 +225,19 @@ def scored(number: int, *scores: float | None) -> list[Candidate]:
 def test_prompts_that_divide_the_candidates_are_chosen() -> None:
     prompts = [prompt(i) for i in range(20)]
     candidates = [c for i in range(20) for c in scored(i, 0.0, float(i), float(-i), None)]
-    chosen = choose_prompts(prompts, candidates, 8, ordinary_share=0.25, seed=1)
+    chosen = choose(prompts, candidates, 8, by="variance", ordinary_share=0.25, seed=1).prompts
     ids = {p.id for p in chosen}
     assert len(ids) == len(chosen) == 8
     assert {f"prompt-{i:02}" for i in range(14, 20)} <= ids
-    assert choose_prompts(prompts[::-1], candidates[::-1], 8, ordinary_share=0.25, seed=1) == chosen
-    assert choose_prompts(prompts, candidates, 8, ordinary_share=0.25, seed=2) != chosen
+    assert choose(prompts[::-1], candidates[::-1], 8, by="variance", ordinary_share=0.25, seed=1).prompts == chosen
+    assert choose(prompts, candidates, 8, by="variance", ordinary_share=0.25, seed=2).prompts != chosen
 
 
 def test_prompts_without_two_scores_are_ordinary() -> None:
     prompts = [*(prompt(i) for i in range(4)), prompt(9, "evaluate")]
     candidates = [*scored(0, 1.0), *scored(1, 1.0, None), *scored(2, 1.0, 2.0), *scored(9, 0.0, 99.0)]
-    assert [p.id for p in choose_prompts(prompts, candidates, 1, ordinary_share=0.0, seed=1)] == ["prompt-02"]
-    everything = choose_prompts(prompts, candidates, 50, ordinary_share=0.25, seed=1)
+    assert [p.id for p in choose(prompts, candidates, 1, by="variance", ordinary_share=0.0, seed=1).prompts] == [
+        "prompt-02"
+    ]
+    everything = choose(prompts, candidates, 50, by="variance", ordinary_share=0.25, seed=1).prompts
     assert sorted(p.id for p in everything) == [f"prompt-{i:02}" for i in range(4)]

@@ -23,12 +23,13 @@ from characterflywheel.training.rl.learn import (
     Logs,
     Update,
     accumulate,
+    left_out,
     mini_batches,
     read,
     teach,
     whole_groups,
 )  # fmt: skip
-from characterflywheel.training.rl.step import combined, divergence, skip_update
+from characterflywheel.training.rl.step import combined, skip_update
 from characterflywheel.training.rl.timing import Stopwatch
 
 ALONE = Parallel.alone()
@@ -277,27 +278,30 @@ def test_an_update_with_nothing_to_learn_moves_nothing_but_the_schedule(mine: Le
 # Small parts
 
 
-def test_a_reply_s_divergence_by_hand() -> None:
-    """-1 - -1.5 = 0.5, and -2 - -1 = -1; the learner's own numbers come first; a token without a number is left out."""
-    rollout = Rollout(step=1, prompt_id="p", text="", token_ids=(1, 2), logprobs=(-1.0, -2.0), score=0, reward=0)
-    start = torch.tensor([-1.5, -1.0])
-    assert divergence(rollout, start) == pytest.approx(-0.5)
-    assert divergence(rollout.model_copy(update={"learner_logprobs": (-1.0, -1.0)}), start) == pytest.approx(0.5)
-    assert divergence(rollout.model_copy(update={"logprobs": (-1.0, float("nan"))}), start) == pytest.approx(0.5)
+def test_what_teaches_nothing_is_left_over_by_its_prompt(mine: Learner) -> None:
+    """Of three groups, one of equal rewards: all of it, and of the others, in online DPO, all but best and worst."""
+    rows = rollouts(mine, REWARDS)
+    for algorithm in ("grpo", "online_dpo"):
+        found = teach(rows, segments(mine, 3), CONFIG.model_copy(update={"algorithm": algorithm}))
+        rest = left_out(rows, segments(mine, 3), found.lessons)
+        numbers = [n for lesson in (*found.lessons, *rest) for n in lesson.numbers]
+        assert sorted(numbers) == list(range(len(rows)))
+        for lesson in rest:
+            assert [path[-1] for path in lesson.paths] == [rows[n].token_ids for n in lesson.numbers]
 
 
 def test_a_step_s_updates_in_one_line() -> None:
     rows = [
-        {"step": 1, "learning_rate": 0.1, "equal_groups": 1.0, "loss": 1.0, "entropy": 3.0, "weight_max": 2.0,
+        {"step": 1, "learning_rate": 0.1, "equal_groups": 1.0, "loss": 1.0, "weight_max": 2.0,
          "trained_tokens": 10.0, "exploded": 1.0},
         {"step": 2, "learning_rate": 0.2, "equal_groups": 1.0, "trained_tokens": 0.0},
-        {"step": 3, "learning_rate": 0.3, "equal_groups": 1.0, "loss": 2.0, "entropy": 1.0, "weight_max": 5.0,
+        {"step": 3, "learning_rate": 0.3, "equal_groups": 1.0, "loss": 2.0, "weight_max": 5.0,
          "trained_tokens": 20.0, "exploded": 0.0},
     ]  # fmt: skip
-    assert combined(rows, 2) == {
-        "learning_rate": 0.3, "equal_groups": 1.0, "loss": 1.5, "entropy": 3.0, "weight_max": 5.0,
+    assert combined(rows) == {
+        "learning_rate": 0.3, "equal_groups": 1.0, "loss": 1.5, "weight_max": 5.0,
         "trained_tokens": 30.0, "exploded": 1.0, "skipped": 1.0,
     }  # fmt: skip
-    assert combined(rows[1:2], 1) == {
+    assert combined(rows[1:2]) == {
         "learning_rate": 0.2, "equal_groups": 1.0, "trained_tokens": 0.0, "skipped": 1.0
     }  # fmt: skip

@@ -157,18 +157,18 @@ def looks(step: int, rng: np.random.Generator) -> list[Look]:
 def test_the_last_looks_are_pooled_and_kl_is_the_newest() -> None:
     rng = np.random.default_rng(1)
     rows = [one for step in (2, 4, 6) for one in looks(step, rng)]
-    seen = see(rows, [1.0, 0.5], [], window=2)
+    seen = see(rows, [1.0, 0.5], [], window=2, planned=5)
     pooled, newest = [r for r in rows if r.step > 2], [r for r in rows if r.step == 6]
     assert seen.step == 6
     assert (seen.kl.n, seen.win_rate.n) == (6, 12)
     assert seen.kl.value == pytest.approx(np.mean([r.kl for r in newest]))
-    expected = stats.t.interval(0.95, 11, np.mean([r.gold for r in pooled]), stats.sem([r.gold for r in pooled]))
+    expected = stats.t.interval(0.99, 11, np.mean([r.gold for r in pooled]), stats.sem([r.gold for r in pooled]))
     assert seen.gold is not None
     assert (seen.gold.low, seen.gold.high) == pytest.approx(expected)
     assert seen.win_rate.value == pytest.approx(np.mean([r.win_rate for r in pooled]))
     assert seen.entropy_share.value == 0.5
     assert seen.metrics().keys() == {"kl_to_start", "entropy_share", "win_rate", "score_gain", "gold_gain"}
-    blind = see([r.model_copy(update={"gold": None}) for r in rows], [], [], window=2)
+    blind = see([r.model_copy(update={"gold": None}) for r in rows], [], [], window=2, planned=5)
     assert blind.gold is None
     assert blind.metrics().keys() == {"kl_to_start", "win_rate", "score_gain"}
 
@@ -188,9 +188,19 @@ def test_an_alarm_is_told_once_while_it_rings() -> None:
             for kind, _, feature in (one.partition(" ") for one in kinds)
         ]  # fmt: skip
 
-    told = onsets([at(1), at(2, "kl", "style words"), at(3, "kl", "style emojis"), at(4), at(5, "kl")])
-    assert [(one.step, one.kind, one.feature) for one in told] == [
-        (2, "kl", None), (2, "style", "words"), (3, "style", "emojis"), (5, "kl", None)
-    ]  # fmt: skip
-    assert onsets([]) == []
-    assert [one.step for one in onsets([at(1, "kl")])] == [1]
+    seen = [
+        at(1),
+        at(2, "kl", "style words"),
+        at(3, "kl", "style emojis"),
+        at(4),
+        at(5, "kl"),
+        at(6),
+        at(7),
+        at(8, "kl"),
+    ]
+    for window, flaps in ((1, [5, 8]), (2, [8]), (3, [])):
+        assert [(one.step, one.kind, one.feature) for one in onsets(seen, window)] == [
+            (2, "kl", None), (2, "style", "words"), (3, "style", "emojis"), *((step, "kl", None) for step in flaps)
+        ], "silent for shorter than the looks that are pooled"  # fmt: skip
+    assert onsets([], 4) == []
+    assert [one.step for one in onsets([at(1, "kl")], 4)] == [1]

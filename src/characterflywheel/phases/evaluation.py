@@ -9,9 +9,9 @@ from ..evaluation.stage import OfflineSummary, Reply
 from ..llm.base import Sampling
 from ..pipeline import Work
 from ..progress import progress
-from ..records import Candidate, Example, Preference, Prompt, Rollout
+from ..records import Candidate, Estimate, Example, Preference, Prompt, Rollout
 from ..release import gate
-from ..release.gate import Change, Gained, GateDecision, GateEvidence, Rung, StyleChange
+from ..release.gate import Change, Gained, GateDecision, GateEvidence, RLAlarm, StyleChange
 from ..reward.judge import RewardSummary
 from ..reward.overoptimisation import stage as overoptimisation
 from ..reward.overoptimisation.stage import OveroptimisationSummary
@@ -26,7 +26,8 @@ def watch_optimisation(shop: Workshop, work: Work) -> OveroptimisationSummary:
     """How far gold reward followed the reward that selection and RL climbed."""
     shop.unload()
     prompts = tables.read(work.inputs["prompts"] / "prompts.parquet", Prompt)
-    rollouts = tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout)
+    learnt: RLSummary = work.inputs["policy"].summary
+    rollouts = learnt.kept(tables.read(work.inputs["policy"] / "rollouts.parquet", Rollout))
     judge = shop.rewards(work)
     judged: RewardSummary = work.inputs["judge"].summary
     with progress("overoptimisation") as advance:
@@ -78,9 +79,11 @@ def _learning(shop: Workshop, work: Work) -> Learning:
     offered = tables.read(selected / "examples.parquet", Example)
     offered += tables.read(work.inputs["pairs"] / "rewrites.parquet", Example)
     learnt = {row.example_id for row in tables.read(work.inputs["sft"] / "mixture.parquet", MixtureRow)}
+    climbed: RLSummary = work.inputs["rl"].summary
     return Learning(
         own=[c for c in drawn if c.policy in plain], learnt=[e for e in offered if e.id in learnt],
-        rollouts=tables.read(work.inputs["rl"] / "rollouts.parquet", Rollout), windows=shop.config.style.rl_windows,
+        rollouts=climbed.kept(tables.read(work.inputs["rl"] / "rollouts.parquet", Rollout)),
+        windows=shop.config.style.rl_windows,
     )  # fmt: skip
 
 
@@ -110,15 +113,25 @@ def decide(shop: Workshop, work: Work) -> GateDecision:
     return gate.decide(shop.config.gate, evidence)
 
 
-def _rung(learnt: RLSummary, config: FlywheelConfig) -> dict[str, Rung | None]:
-    """The first alarm of each kind that RL watched for; drift of style has criteria of its own."""
+def _rung(learnt: RLSummary, config: FlywheelConfig) -> dict[str, RLAlarm]:
+    """Each kind that RL was to watch for, at the last look at the weights kept; drift of style has its own criteria."""
     if not config.rl.alarms.every:
         return {}
-    kinds = ["kl", "entropy", "win_rate", *(["gold"] if config.reward.gold_share else [])]
-    found: dict[str, Rung | None] = dict.fromkeys(kinds)
-    for one in learnt.alarms:
-        if one.kind in found and found[one.kind] is None:
-            found[one.kind] = Rung(step=one.step, value=one.value, bound=one.bound, says=one.says)
+    bounds = config.rl.alarms
+    kinds = {"kl": bounds.kl_max, "entropy": bounds.entropy_min_share, "win_rate": bounds.win_rate_max}
+    if config.reward.gold_share:
+        kinds["gold"] = 0.0
+    last = {one.kind: one for one in learnt.watched}
+    why = "there was no model to measure it by" if last else "no look was at the weights that were kept"
+    found: dict[str, RLAlarm] = {}
+    for kind, bound in kinds.items():
+        rang = tuple(one.step for one in learnt.alarms if one.kind == kind)
+        if kind in last:
+            one = last[kind]
+            found[kind] = RLAlarm(step=one.step, measured=one.measured, bound=bound, says=one.says, rang=rang)
+        else:
+            nothing = Estimate(value=None, n=0, reason=why)
+            found[kind] = RLAlarm(step=None, measured=nothing, bound=bound, says=None, rang=rang)
     return found
 
 

@@ -70,13 +70,18 @@ class Gained(Record):
         return cls(proxy=rl.points[-1].proxy, gold=rl.points[-1].gold, accuracy=accuracy)
 
 
-class Rung(Record):
-    """An alarm of online RL at the step where it first rang."""
+class RLAlarm(Record):
+    """An alarm of online RL at the last look at the weights that were kept: it rings where it `says` something.
 
-    step: int
-    value: float
+    `measured` has no value where it was not measured, nor a `step` where no look was at these weights. `rang`: the
+    steps at which it began to ring, then or at any other look.
+    """
+
+    step: int | None
+    measured: Estimate
     bound: float
-    says: str
+    says: str | None
+    rang: tuple[int, ...] = ()
 
 
 class GateEvidence(Record):
@@ -90,7 +95,7 @@ class GateEvidence(Record):
         style: by feature.
         reward_accuracy: by judge, on held-out pairs.
         gained: None where no gold model was asked for, which is then no criterion.
-        alarms: of online RL, by kind, None for one that was silent; empty where nothing watched, which is no criterion.
+        alarms: of online RL, by kind; empty where nothing watched, which is no criterion.
     """
 
     win_rates: dict[str, dict[str, Estimate]]
@@ -100,7 +105,7 @@ class GateEvidence(Record):
     style: dict[str, StyleChange]
     reward_accuracy: dict[str, Estimate]
     gained: Gained | None = None
-    alarms: dict[str, Rung | None] = Field(default_factory=dict)
+    alarms: dict[str, RLAlarm] = Field(default_factory=dict)
 
 
 class Criterion(Record):
@@ -315,12 +320,22 @@ def _gold(evidence: GateEvidence) -> Iterator[Criterion]:
 
 
 def _alarms(evidence: GateEvidence) -> Iterator[Criterion]:
-    """What rang while the policy learnt, even if it is silent by now."""
-    for kind, rung in sorted(evidence.alarms.items()):
-        note = "silent" if rung is None else f"rang at step {rung.step}: {rung.says}"
+    """What rings at the last look at the weights that may meet users; what rang before and is silent now is told.
+
+    Looks are many, and to hold a model for what ever rang would be to test it as often.
+    """
+    for kind, alarm in sorted(evidence.alarms.items()):
+        name = f"alarm of online RL, {kind.replace('_', ' ')}"
+        began = f"; rang at step {', '.join(map(str, alarm.rang))}" if alarm.rang else ""
+        if alarm.measured.value is None:
+            line = _unmeasured(name, alarm.bound, alarm.measured)
+            yield line.model_copy(update={"note": line.note + began})
+            continue
+        note = f"silent at step {alarm.step}, the last look{began}"
+        if alarm.says is not None:
+            note = f"rings at step {alarm.step}, the last look: {alarm.says}"
         yield Criterion(
-            name=f"alarm of online RL, {kind.replace('_', ' ')}", value=None if rung is None else rung.value,
-            bound=0.0 if rung is None else rung.bound, passed=rung is None, severity="hold", note=note,
+            name=name, value=alarm.measured, bound=alarm.bound, passed=alarm.says is None, severity="hold", note=note,
         )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def of_examples(form: ChatFormat, examples: Sequence[Example], learn: Learn, max
                 "user",
             ):
                 continue
-            prompt = _prompt(form, example.messages[:turn])
+            prompt = in_window(form, example.messages[:turn])
             if isinstance(prompt, str):
                 dropped.append(_dropped(example, "sft", f"message {turn}: {prompt}"))
                 continue
@@ -87,7 +87,7 @@ def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: in
     """Two paths a pair: the chosen reply and the rejected one. A pair whose prompt does not fit is dropped."""
     lessons, dropped = {}, []
     for pair in pairs:
-        prompt = _prompt(form, pair.prompt)
+        prompt = in_window(form, pair.prompt)
         if isinstance(prompt, str):
             dropped.append(_dropped(pair, "dpo", prompt))
             continue
@@ -96,7 +96,7 @@ def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: in
     return Tokenised(lessons, tuple(dropped))
 
 
-def _prompt(form: ChatFormat, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment] | str:
+def in_window(form: ChatFormat, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment] | str:
     """The prompt's segments, or why it cannot be shown."""
     try:
         prompt = form.prompt(messages)

@@ -54,7 +54,6 @@ class Update(NamedTuple):
     """
 
     loss: float
-    entropy: float
     tokens: int
     health: policy_gradient.Health
     own: Logs
@@ -66,7 +65,7 @@ class Update(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """What is logged; what was not measured is left out."""
         told = {
-            "loss": self.loss, "entropy": self.entropy, "kl": self.kl, "clipped_share": self.clipped_share,
+            "loss": self.loss, "kl": self.kl, "clipped_share": self.clipped_share,
             "margin": self.margin, "accuracy": self.accuracy, "weight_mean": self.health.mean,
             "weight_max": self.health.maximum, "effective_share": self.health.effective_share,
             "masked_share": self.health.masked_share, "exploded": float(self.health.exploded),
@@ -101,6 +100,15 @@ def teach(rollouts: Sequence[Rollout], prompts: Sequence[tuple[Segment, Segment]
     teaching = [group for group in groups if bool(group.advantage.abs().max() > 0)]
     found = groups if config.kl_weight else teaching
     return Lessons(found, advantage.flatten().tolist(), len(groups) - len(teaching))
+
+
+def left_out(
+    rollouts: Sequence[Rollout], prompts: Sequence[tuple[Segment, Segment]], lessons: Sequence[Lesson]
+) -> list[Lesson]:
+    """The replies that no lesson has, by their prompt."""
+    taught = {number for lesson in lessons for number in lesson.numbers}
+    rest = [(g, [i for i, n in enumerate(g.numbers) if n not in taught]) for g in whole_groups(rollouts, prompts)]
+    return [_only(group, places) for group, places in rest if places]
 
 
 def _only(group: Lesson, these: Sequence[int]) -> Lesson:
@@ -189,12 +197,12 @@ def accumulate(
         if turn.counts:
             health.append(ratio.health)
             own += mine.items()
-            for name, part in {"loss": value, "entropy": now.entropy.sum().item() / tokens, **told}.items():
+            for name, part in {"loss": value, **told}.items():
                 sums[name] = sums.get(name, 0.0) + part
     with clock("update"):
         parallel.reduce_gradients(learner.parameters)
     # processes without a micro-batch of their own have no sums, but take part in adding them up
-    names = ("loss", "entropy", *(("margin", "accuracy") if config.algorithm == "online_dpo" else ("clipped_share",)))
+    names = ("loss", *(("margin", "accuracy") if config.algorithm == "online_dpo" else ("clipped_share",)))
     names += ("kl",) if config.algorithm == "grpo" and reference is not None else ()
     update = Update(
         tokens=tokens, health=policy_gradient.merge(parallel.gather(health)), own=dict(parallel.gather(own)),

@@ -100,13 +100,6 @@ def _why(prompt: Prompt, by: By, scores: Mapping[str, _Scores], now: datetime) -
     )  # fmt: skip
 
 
-def choose_prompts(
-    prompts: Sequence[Prompt], scored: Sequence[Candidate], count: int, ordinary_share: float, seed: int
-) -> list[Prompt]:
-    """By variance, from the whole window: see `choose`."""
-    return choose(prompts, scored, count, by="variance", ordinary_share=ordinary_share, seed=seed).prompts
-
-
 def _scores(scored: Sequence[Candidate]) -> dict[str, _Scores]:
     values: dict[str, list[float]] = {}
     for one in scored:

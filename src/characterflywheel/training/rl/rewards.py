@@ -50,6 +50,31 @@ class TermScores(NamedTuple):
     reward: float
 
 
+def scored(
+    scorer: Scorer, prompts: Sequence[Prompt], replies: Sequence[Sequence[str]], name: str = "reward model"
+) -> list[list[float]]:
+    """A score of every reply to every prompt.
+
+    Raises:
+        FlywheelError: one is missing or not finite. Nothing is kept of what cannot be written down and read again.
+        RewardGone: the model is on a server that is gone.
+    """
+    scores = scorer.score([p.messages for p in prompts], replies)
+    if [len(mine) for mine in scores] != [len(texts) for texts in replies]:
+        raise FlywheelError(
+            f"the {name} gave {sum(map(len, scores))} scores for {sum(map(len, replies))} replies: it has to score "
+            "every reply of every prompt."
+        )
+    for prompt, mine in zip(prompts, scores, strict=True):
+        for number, score in enumerate(mine, 1):
+            if not math.isfinite(score):
+                raise FlywheelError(
+                    f"the {name} gave a score that is not finite, {score}, to reply {number} of {len(mine)} to prompt "
+                    f"{prompt.id}: look at its training before going on."
+                )
+    return scores
+
+
 class Terms:
     """The reward of RL: one scorer, one safety policy, and the weights of the terms."""
 
@@ -68,23 +93,12 @@ class Terms:
             FlywheelError: a score is missing or not finite.
             RewardGone: the reward model is on a server that is gone.
         """
-        scores = self.scorer.score([p.messages for p in prompts], replies)
-        if [len(mine) for mine in scores] != [len(texts) for texts in replies]:
-            raise FlywheelError(
-                f"the reward model gave {sum(map(len, scores))} scores for {sum(map(len, replies))} replies: it has to "
-                "score every reply of every prompt."
-            )
+        scores = scored(self.scorer, prompts, replies)
         return [self._group(*one) for one in zip(prompts, replies, finish, scores, strict=True)]
 
     def _group(
         self, prompt: Prompt, texts: Sequence[str], finish: Sequence[Finish], scores: Sequence[float]
     ) -> list[TermScores]:
-        for number, score in enumerate(scores):
-            if not math.isfinite(score):
-                raise FlywheelError(
-                    f"the reward model gave a score that is not finite, {score}, to reply {number + 1} of "
-                    f"{len(texts)} to prompt {prompt.id}: look at its training before going on."
-                )
         told = [self._terms(prompt, *one) for one in zip(texts, finish, scores, strict=True)]
         lowest = min((one.reward for one in told), default=0.0)
         return [one if one.vetoed is None else one._replace(reward=lowest) for one in told]
@@ -104,8 +118,7 @@ class Terms:
     def metrics(self, judged: Sequence[Sequence[TermScores]]) -> dict[str, float]:
         """Means over a step's replies, for its line of `metrics.jsonl`: every term apart, before its weight.
 
-        `equal_groups` have one reward, so they teach nothing; `vetoed_groups` are those of them that safety refused
-        as a whole.
+        `vetoed_groups` are those that safety refused as a whole: all have the lowest reward, so they teach nothing.
         """
         every = list(chain.from_iterable(judged))
         if not every:
@@ -122,7 +135,6 @@ class Terms:
             "vetoed_share": statistics.fmean(one.vetoed is not None for one in every),
             "cut_off_share": statistics.fmean(one.cut_off for one in every),
             "vetoed_groups": float(sum(bool(mine) and all(one.vetoed is not None for one in mine) for mine in judged)),
-            "equal_groups": float(sum(len({one.reward for one in mine}) == 1 for mine in judged)),
         }
 
 

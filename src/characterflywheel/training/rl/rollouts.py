@@ -16,15 +16,15 @@ from pydantic import BaseModel, ConfigDict
 
 from ... import tables
 from ...config import RLConfig
-from ...errors import FlywheelError
 from ...ids import derive_seed
-from ...llm.base import Sampling
+from ...llm.base import Completion, Sampling
 from ...llm.chat_format import ChatFormat
 from ...pipeline import Work, write_atomically
 from ...records import Dropped, Prompt, Record, Rollout
 from ..parallel import Parallel
+from ..paths import in_window
 from .learn import Logs
-from .rewards import Scorer, Terms, TermScores
+from .rewards import Scorer, Terms, TermScores, scored
 from .sampler import RolloutSampler
 from .timing import Stopwatch
 
@@ -143,10 +143,11 @@ class Rollouts:
 
         def score() -> list[StartReply]:
             mine, texts = self._mine(prompts, drawn, each)
-            asked = [p.messages for p in mine]
+            golds: Sequence[Sequence[float | None]] = [[None] * len(several) for several in texts]
             with self.clock("scoring"):
-                scores = self.terms.scorer.score(asked, texts)
-                golds = gold.score(asked, texts) if gold else [[None] * len(several) for several in texts]
+                scores = scored(self.terms.scorer, mine, texts)
+                if gold is not None:
+                    golds = scored(gold, mine, texts, "gold model")
             return [
                 StartReply(prompt_id=prompt.id, text=text, score=score, gold=true)
                 for prompt, *groups in zip(mine, texts, scores, golds, strict=True)
@@ -162,16 +163,29 @@ class Rollouts:
         return found
 
     def metrics(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Means over a step's rollouts, every term of the reward apart."""
+        """Means over a step's rollouts, every term of the reward apart.
+
+        `entropy`, nats, is minus the mean log-probability of all tokens drawn, under what drew them: a Monte Carlo
+        estimate that is unbiased and blind to nothing, where groups that teach would leave out those that collapsed.
+        It is left out where an engine reported no number at all. `stale_share` of the rollouts was drawn by weights
+        older than the learner's.
+        """
         size = self.config.group
         groups = [[_terms(r) for r in rollouts[i : i + size]] for i in range(0, len(rollouts), size)]
         rewards = [r.reward for r in rollouts]
         deviations = [_deviation([one.reward for one in group]) for group in groups]
+        logs = [value for r in rollouts for value in r.logprobs if math.isfinite(value)]
+        entropy = {"entropy": -math.fsum(logs) / len(logs)} if logs else {}
         return {
             "reward": sum(rewards) / len(rewards), "reward_deviation": sum(deviations) / len(deviations),
             "words": sum(len(r.text.split()) for r in rollouts) / len(rollouts),
-            "tokens": float(sum(len(r.token_ids) for r in rollouts)), **self.terms.metrics(groups),
+            "tokens": float(sum(len(r.token_ids) for r in rollouts)), **entropy,
+            "stale_share": sum(self._stale(r) for r in rollouts) / len(rollouts), **self.terms.metrics(groups),
         }  # fmt: skip
+
+    def _stale(self, rollout: Rollout) -> bool:
+        """Whether fewer updates are behind what drew it than the learner had made."""
+        return rollout.version is not None and rollout.version < (rollout.step - 1) * self.config.updates
 
     def _draw(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[DrawnReply]:
         """This process's share of `n` replies to each prompt."""
@@ -183,13 +197,10 @@ class Rollouts:
                 [form.prompt(p.messages) for p, _ in mine], n=n, sampling=sampling, seeds=[s for _, s in mine]
             )
         return [
-            DrawnReply(
-                prompt_id=prompt.id, text=form.decode(ids).strip(), token_ids=tuple(ids), logprobs=tuple(logs),
-                finish="stop" if ids[-1] in self.sampler.ends else "length", version=version,
-            )
+            _reply(prompt, form.completion(ids, logs, self.sampler.ends), version)
             for (prompt, _), replies, versions in zip(mine, drawn, self.sampler.versions, strict=True)
             for (ids, logs), version in zip(replies, versions, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _score(self, step: int, prompts: Sequence[Prompt], drawn: Sequence[DrawnReply]) -> list[Rollout]:
         """This process's share of the rewards."""
@@ -219,15 +230,26 @@ class Rollouts:
 
 
 def fitting(prompts: Sequence[Prompt], form: ChatFormat) -> tuple[list[Prompt], list[Dropped]]:
-    """The prompts that fit the window once their oldest turns are cut off, and those that cannot."""
+    """The prompts that fit the window once their oldest turns are cut off, and those that cannot.
+
+    One that would lose its character, or the beginning of the very message that it asks an answer to, is dropped, as
+    in SFT and DPO; one long card stops no run.
+    """
     kept, dropped = list[Prompt](), list[Dropped]()
     for prompt in prompts:
-        try:
-            form.prompt(prompt.messages)
+        shown = in_window(form, prompt.messages)
+        if isinstance(shown, str):
+            dropped.append(Dropped(id=prompt.id, stage="rl", reason="too_long", detail=shown, prompt_id=prompt.id))
+        else:
             kept.append(prompt)
-        except FlywheelError as error:  # its character's text alone is too long; one long card stops no run
-            dropped.append(Dropped(id=prompt.id, stage="rl", reason="too_long", detail=str(error), prompt_id=prompt.id))
     return kept, dropped
+
+
+def _reply(prompt: Prompt, drawn: Completion, version: int) -> DrawnReply:
+    return DrawnReply(
+        prompt_id=prompt.id, text=drawn.text, token_ids=drawn.token_ids, logprobs=drawn.logprobs,
+        finish=drawn.finish_reason, version=version,
+    )  # fmt: skip
 
 
 def _terms(rollout: Rollout) -> TermScores:

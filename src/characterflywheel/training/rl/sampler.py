@@ -20,14 +20,13 @@ class RolloutSampler(Protocol):
     """Draws replies, with their log-probabilities under the weights that drew them.
 
     `versions` are, for each reply of the last `sample`, the version of these weights: the learner's step, 0 for those
-    of the stage's start. `stale` counts the replies drawn so far by older weights than the last `push` brought.
+    of the stage's start.
     """
 
     name: str
     format: ChatFormat
     ends: frozenset[int]
     versions: list[list[int]]
-    stale: int
 
     def sample(
         self, prompts: Sequence[tuple[Segment, Segment]], *, n: int, sampling: Sampling, seeds: Sequence[int]
@@ -75,7 +74,6 @@ class Sampler:
         self.engine, self.name = engine, kind
         self.format, self.ends = engine.format, engine.ends
         self.versions: list[list[int]] = []
-        self.stale = 0
         self.pushed = 0  # the version that was to be brought last
         self.loaded = 0  # the version that is known to have arrived last
 
@@ -85,7 +83,6 @@ class Sampler:
         """See `RolloutSampler.sample`."""
         drawn = self.engine.sample(prompts, n=n, sampling=sampling, seeds=seeds)
         self.versions = self._versions(drawn)
-        self.stale += sum(version < self.pushed for several in self.versions for version in several)
         return drawn
 
     def push(self, model: Any, *, version: int | None = None) -> None:

@@ -27,23 +27,25 @@ from ..adapters import adapted
 from ..learner import Learner
 from ..parallel import Parallel
 from . import watch
-from .prompts import choose_prompts
 from .rewards import Scorer, Terms
 from .rollouts import Rollouts, Shelf, fitting
 from .samplers import open_sampler
 from .step import Run, Stop, end_step, take_update, weights_of
 from .timing import Stopwatch
 
-__all__ = ["RLSummary", "Scorer", "Stop", "choose_prompts", "train_rl"]
+__all__ = ["RLSummary", "Scorer", "Stop", "train_rl"]
 
 
 class RLSummary(Record):
     """Rewards at the start and the end, how far the policy moved, and what rang.
 
-    `entropy` (of the last step that learnt) and `effective_share` (mean over those steps) are None if no step did,
-    since all groups had equal rewards. `dropped` prompts did not fit the window; `exploded_tokens` had no sane ratio
-    between learner and sampler and were masked; `skipped_updates` had nothing to learn from. The model is that after
-    the last update, which nothing has looked at, unless training was stopped.
+    The model is that after the last update, which nothing has looked at; where training stopped it is the one that drew
+    step `stopped.kept_step`'s replies. `last_reward`, `last_words`, `entropy` (None: the sampler gave no number) and
+    `watched` (empty: no look was at these weights, or none was asked for) are of the last step that the kept weights
+    drew, `effective_share` of the steps that they learnt from (None: all groups had equal rewards). What was spent
+    counts in full: `steps`, distinct `prompts`, `rollouts`, tokens, `equal_groups`, `skipped_updates` (nothing to learn
+    from), `exploded_tokens` (no sane ratio between learner and sampler: masked), `stale_rollouts` (drawn by older
+    weights than the learner's). `dropped` prompts did not fit the window. `alarms` are those of all looks.
     """
 
     steps: int
@@ -60,16 +62,27 @@ class RLSummary(Record):
     equal_groups: int
     skipped_updates: int = 0
     exploded_tokens: int = 0
+    stale_rollouts: int = 0
     dropped: int = 0
     alarms: tuple[watch.Alarm, ...] = ()
+    watched: tuple[watch.Watched, ...] = ()
     stopped: Stop | None = None
+
+    def kept(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Those that the kept weights or their forerunners drew; what a stop threw away is left out."""
+        return [r for r in rollouts if r.step <= (self.stopped.kept_step if self.stopped else self.steps)]
 
     def line(self) -> str:
         share = "unknown, as all rewards were equal" if self.effective_share is None else f"{self.effective_share:.0%}"
         rang = (
             f", {len(self.alarms)} alarms ({', '.join(sorted({a.kind for a in self.alarms}))})" if self.alarms else ""
         )
-        ended = f"; stopped at step {self.stopped.step}: {self.stopped.why}" if self.stopped else ""
+        ended = (
+            f"; stopped at step {self.stopped.step}: {self.stopped.why}; the model kept has learnt from "
+            f"{self.stopped.kept_step - 1} of them"
+            if self.stopped
+            else ""
+        )
         return (
             f"{self.steps} steps, {self.rollouts} rollouts, reward {self.first_reward:+.2f} to "
             f"{self.last_reward:+.2f}, {self.first_words:.0f} to {self.last_words:.0f} words, "
@@ -168,7 +181,11 @@ def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | Non
         run.learner.save(folder / "model")
     log = [json.loads(run.file("metrics", step).read_text("utf-8")) for step in steps]
     looked = run.looked(steps[-1])
-    alarms = watch.onsets([run.shelf.read(f"alarms-{step:06d}", watch.Alarm) for step in looked])
+    alarms = watch.onsets(
+        [run.shelf.read(f"alarms-{step:06d}", watch.Alarm) for step in looked], run.config.alarms.window
+    )
+    last = stop.kept_step if stop else steps[-1]
+    watched = run.shelf.read(f"watched-{last:06d}", watch.Watched) if last in looked else []
     if run.parallel.main:
         if stop is not None:
             kept = weights_of(run, stop.kept_step)
@@ -186,30 +203,31 @@ def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | Non
         tables.write_jsonl(folder / "alarms.jsonl", alarms)
         tables.write(folder / "dropped.parquet", Dropped, dropped)
     run.parallel.barrier()
-    return _summary(log, run.config, alarms, len(dropped), stop)
+    return _summary(log, run, stop).model_copy(
+        update={"alarms": tuple(alarms), "watched": tuple(watched), "dropped": len(dropped)}
+    )
 
 
-def _summary(
-    log: Sequence[Mapping[str, float]], config: RLConfig, alarms: Sequence[watch.Alarm], dropped: int, stop: Stop | None
-) -> RLSummary:
-    first, last = log[0], log[-1]
-    learnt = [row for row in log if "entropy" in row]
+def _summary(log: Sequence[Mapping[str, float]], run: Run, stop: Stop | None) -> RLSummary:
+    """From a line of the log for each step that was taken."""
+    first, last = log[0], log[stop.kept_step - 1 if stop else -1]
+    learnt = [row for row in log[: stop.kept_step - 1 if stop else None] if "effective_share" in row]
+    rollouts = run.config.prompts_per_step * run.config.group
     return RLSummary(
         steps=len(log),
-        prompts=config.prompts_per_step * len(log),
-        rollouts=config.prompts_per_step * config.group * len(log),
+        prompts=len({prompt.id for step in range(1, len(log) + 1) for prompt in run.rollouts.batch(step)}),
+        rollouts=rollouts * len(log),
         trained_tokens=int(sum(row["trained_tokens"] for row in log)),
         sampled_tokens=int(sum(row["tokens"] for row in log)),
         first_reward=first["reward"],
         last_reward=last["reward"],
         first_words=first["words"],
         last_words=last["words"],
-        entropy=learnt[-1]["entropy"] if learnt else None,
+        entropy=last.get("entropy"),
         effective_share=sum(row["effective_share"] for row in learnt) / len(learnt) if learnt else None,
         equal_groups=int(sum(row["equal_groups"] for row in log)),
         skipped_updates=int(sum(row["skipped"] for row in log)),
         exploded_tokens=int(sum(row.get("exploded", 0.0) for row in log)),
-        dropped=dropped,
-        alarms=tuple(alarms),
+        stale_rollouts=round(sum(row["stale_share"] for row in log) * rollouts),
         stopped=stop,
     )

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from ...config import RLConfig
-from ...errors import RewardGone, SamplerGone
+from ...errors import FlywheelError, RewardGone, SamplerGone
 from ...ids import derive_seed
 from ...pipeline import Work, write_atomically
 from ...records import Prompt, Record, Rollout
+from ...reward.overoptimisation.rollouts import divergence
 from ...style.monitor import Difference
 from ..learner import Learner
 from ..parallel import Parallel
 from . import watch
-from .learn import Lesson, Logs, accumulate, mini_batches, read, teach, whole_groups
-from .rewards import Scorer
+from .learn import Lesson, Lessons, Logs, accumulate, left_out, mini_batches, read, teach
+from .rewards import Scorer, scored
 from .rollouts import Rollouts, Shelf, StartReply
 
 
@@ -84,28 +85,30 @@ class Run:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """The model as it was before adapters were attached, if any are."""
+    """The model as it was before adapters were attached, if any are.
+
+    Only their sum is left out. PEFT's `enable_adapters` also takes their gradient away, and FSDP would keep that for
+    good, since it makes a parameter out of its shards once.
+    """
     layers = [part for part in model.modules() if hasattr(part, "get_delta_weight")]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def take_update(run: Run, step: int, number: int) -> None:
     """The update `number` (from 0) of a step: its rollouts, their gradient, the optimiser's step."""
     config, learner, clock = run.config, run.learner, run.rollouts.clock
     rollouts = _rollouts(run, step)
-    form = learner.format
-    found = teach(rollouts, [form.prompt(p.messages) for p in run.rollouts.batch(step)], config)
-    parts = mini_batches(found.lessons, config, derive_seed(run.work.seed, "updates", step))
+    found, parts, rest = _lessons(run, step, rollouts)
     part = parts[number]
     if number == 0:
         before: Logs = {}
-        for later in parts[1 : config.updates_per_step]:
+        for later in (*parts[1 : config.updates_per_step], rest):
             with clock("forward"):
                 before |= read(
                     learner.model, later, config, run.parallel, device=learner.device, autocast=learner.autocast
@@ -128,6 +131,16 @@ def take_update(run: Run, step: int, number: int) -> None:
         take(**metrics, equal_groups=float(found.equal_groups))
 
 
+def _lessons(
+    run: Run, step: int, rollouts: Sequence[Rollout]
+) -> tuple[Lessons, list[list[Lesson]], list[Lesson]]:  # fmt: skip
+    """What a step teaches, cut into its updates; and, where it is looked at, the replies that teach nothing."""
+    prompts = [run.learner.format.prompt(p.messages) for p in run.rollouts.batch(step)]
+    found = teach(rollouts, prompts, run.config)
+    parts = mini_batches(found.lessons, run.config, derive_seed(run.work.seed, "updates", step))
+    return found, parts, left_out(rollouts, prompts, found.lessons) if run.looks_at(step) else []
+
+
 def _rollouts(run: Run, step: int) -> list[Rollout]:
     def push() -> None:
         if run.learner.step:  # the sampler begins with the start's weights
@@ -145,14 +158,15 @@ def end_step(run: Run, step: int) -> Stop | None:
     """Log a step that has made all of its updates, look at it if it is its turn, and say whether to stop."""
     rollouts = run.shelf.read(f"learnt-{step:06d}", Rollout)
     updates = run.learner.log[(step - 1) * run.config.updates : step * run.config.updates]
-    metrics = {"step": step} | run.rollouts.metrics(rollouts) | combined(updates, run.config.updates_per_step)
+    metrics = {"step": step} | run.rollouts.metrics(rollouts) | combined(updates)
     stop = None
     if run.looks_at(step):
         with run.rollouts.clock("look"):
-            seen = _look(run, step, rollouts, _entropies(run, step))
+            seen = _look(run, step, rollouts, [*_entropies(run, step), metrics.get("entropy")])
         metrics |= seen.metrics()
         rang = watch.alarms(seen, run.config.alarms)
         run.shelf.put(f"alarms-{step:06d}", rang)
+        run.shelf.put(f"watched-{step:06d}", watch.watched(seen, run.config.alarms))
         stop = _stop(run, step, rang)
     if run.parallel.main:
         write_atomically(run.file("metrics", step), json.dumps(metrics) + "\n")
@@ -161,19 +175,19 @@ def end_step(run: Run, step: int) -> Stop | None:
     return stop
 
 
-def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> watch.Seen:
+def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float | None]) -> watch.Seen:
     """Set the step's rollouts against the start's replies to the same prompts."""
-    config, form, size = run.config, run.learner.format, run.config.group
+    config, size = run.config, run.config.group
     batch = run.rollouts.batch(step)
     groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
 
     def make() -> list[watch.Look]:
-        under = run.under_reference(whole_groups(rollouts, [form.prompt(p.messages) for p in batch]))
-        kl = [divergence(r, under[i]) for i, r in enumerate(rollouts)]
+        kl = _divergences(run, step, rollouts)
         mine = run.parallel.share(list(range(len(batch))))
         golds = None
         if run.gold is not None:
-            golds = run.gold.score([batch[i].messages for i in mine], [[r.text for r in groups[i]] for i in mine])
+            asked, texts = [batch[i] for i in mine], [[r.text for r in groups[i]] for i in mine]
+            golds = scored(run.gold, asked, texts, "gold model")
         looks = []
         for place, i in enumerate(mine):
             start = run.start[batch[i].id]
@@ -189,7 +203,27 @@ def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[
     run.shelf.kept(f"looks-{step:06d}", watch.Look, make)
     looks = [one for each in run.looked(step) for one in run.shelf.read(f"looks-{each:06d}", watch.Look)]
     drift = _drift(run, run.looked(step)[-config.alarms.window :])
-    return watch.see(looks, entropies, drift, config.alarms.window)
+    return watch.see(looks, entropies, drift, config.alarms.window, len(run.looked(config.steps)))
+
+
+def _divergences(run: Run, step: int, rollouts: Sequence[Rollout]) -> list[float]:
+    """Each reply's sum of log(policy / start) over its tokens, nats; the policy is the learner when the step began.
+
+    Their mean, over replies that the sampler drew, is KL(policy || start) where the sampler is the policy, and differs
+    by KL(sampler || policy) where its precision or age is another. Both models read all replies, in the same
+    batches, so that what teaches makes no difference and rounding cancels.
+    """
+    _, parts, rest = _lessons(run, step, rollouts)
+    under: Logs = {}
+    for lessons in (*parts[: run.config.updates_per_step], rest):
+        under |= run.under_reference(lessons)
+    own = [r.learner_logprobs or () for r in rollouts]  # all were read, as the step is looked at
+    found = [divergence(logs, under[i].tolist()).plain for i, logs in enumerate(own)]
+    if not all(map(math.isfinite, found)):
+        raise FlywheelError(
+            f"step {step} has a KL to the start that is not finite: it diverged; lower the learning rate."
+        )
+    return found
 
 
 def _drift(run: Run, window: Sequence[int]) -> list[Difference]:
@@ -227,37 +261,20 @@ def weights_of(run: Run, step: int) -> Path:
     return run.work.partial / f"weights-{step:06d}"
 
 
-def _entropies(run: Run, until: int) -> list[float]:
-    """Of the steps so far that learnt."""
-    size = run.config.updates
-    rows = [combined(run.learner.log[i * size : (i + 1) * size], run.config.updates_per_step) for i in range(until)]
-    return [row["entropy"] for row in rows if "entropy" in row]
+def _entropies(run: Run, step: int) -> list[float | None]:
+    """Of the steps before."""
+    return [json.loads(run.file("metrics", each).read_text("utf-8")).get("entropy") for each in range(1, step)]
 
 
-def divergence(rollout: Rollout, start: torch.Tensor) -> float:
-    """One reply's share in KL(policy || start), nats: the sum of log(policy / start) over its tokens.
-
-    The policy's log-probabilities are the learner's where it read the reply, else the sampler's, less tokens for which
-    an engine reported none. Unbiased; single replies can be negative.
-    """
-    policy = torch.tensor(rollout.learner_logprobs or rollout.logprobs, dtype=torch.float64)
-    return float((policy - start.double()).nansum())
-
-
-def combined(updates: Sequence[Mapping[str, float]], first: int) -> dict[str, float]:
-    """The log of a step's updates in one: means of those that learnt, maxima and sums where that is what they are.
-
-    Entropy is that of the `first` updates, an epoch.
-    """
+def combined(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The log of a step's updates in one: means of those that learnt, maxima and sums where that is what they are."""
     learnt = [row for row in updates if "loss" in row]
     out = {"learning_rate": updates[-1]["learning_rate"], "equal_groups": updates[0]["equal_groups"]}
     for name in dict.fromkeys(name for row in learnt for name in row if name not in (*out, "step")):
-        rows = [row for row in updates[:first] if "loss" in row] if name == "entropy" else learnt
-        values = [row[name] for row in rows]
-        if values:
-            out[name] = max(values) if name == "weight_max" else math.fsum(values)
-            if name not in ("weight_max", "trained_tokens", "exploded"):
-                out[name] /= len(values)
+        values = [row[name] for row in learnt]
+        out[name] = max(values) if name == "weight_max" else math.fsum(values)
+        if name not in ("weight_max", "trained_tokens", "exploded"):
+            out[name] /= len(values)
     return out | {"trained_tokens": out.get("trained_tokens", 0.0), "skipped": float(len(updates) - len(learnt))}
 
 

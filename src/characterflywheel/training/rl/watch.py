@@ -6,15 +6,20 @@ its replies, those after s - 1 steps. The last `window` looks are pooled, prompt
 of every interval.
 
     kl         KL(policy || start), nats a reply, mean over the newest look's replies, is above its bound
-    entropy    the next token's entropy, mean over the last steps over mean over the first, is below its bound
+    entropy    the entropy of all tokens drawn, mean over the last steps over mean over the first, is below its bound
     win_rate   the reward model's win rate over the start is above its bound, and its interval above one half
     gold       the score is up and the gold model's score is down, both intervals clear of 0
     style      a style feature drifted: a discovery (Benjamini-Hochberg over features) with an effect, its interval
-               clear of 0, on `STYLE_PROMPTS` prompts or more
+               clear of 0, on `MIN_PROMPTS` prompts or more
+
+Looks are many, and each would ring by chance in one of forty runs at a confidence of 95%. So with K looks planned each
+has 1 - 0.05/K (Bonferroni), and style's false discovery rate is 0.05/K: that an alarm that needs an interval (win_rate,
+gold, style) ever rings where nothing has changed then has a chance of 5% at most in a whole run, for each of the
+three kinds. K is known from the start, so that looks may be taken in any number up to it, and pooled looks may overlap.
+KL and entropy are compared with their bounds as they are; KL's interval is told at the same confidence.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,16 +27,14 @@ import numpy as np
 from ... import intervals
 from ...config import RLAlarmsConfig
 from ...records import Estimate, Prompt, Record
-from ...style.monitor import FALSE_DISCOVERY_RATE, Difference, Reply, compare, side
+from ...style.monitor import FALSE_DISCOVERY_RATE, MIN_PROMPTS, Difference, Reply, compare, side
 
-STYLE_PROMPTS = 8
-"""With fewer prompts a rare feature can differ by the same in all of them, which a t-test takes for certainty."""
 AlarmKind = Literal["kl", "entropy", "win_rate", "gold", "style"]
 
 
 class Alarm(Record):
-    """A measure beyond its bound at a look. `low` and `high` are its interval, None where it has none; `n` prompts
-    (entropy: steps on either side). `value` of style is the effect, with the interval of the difference scaled alike.
+    """A measure beyond its bound at a look. `low` and `high` are its interval, None where it has none; `n` counts
+    prompts, each once (entropy: steps on either side). `value` of style is the effect, with the difference's interval scaled alike.
     """
 
     step: int
@@ -44,6 +47,17 @@ class Alarm(Record):
     n: int
     action: Literal["warn", "stop"]
     says: str
+
+
+class Watched(Record):
+    """What became of a kind of alarm at one look: it rings where `says` something, else it is silent, or it was not
+    measured, where `measured` has no value but the reason. Style is told by its alarms alone."""
+
+    step: int
+    kind: AlarmKind
+    measured: Estimate
+    bound: float
+    says: str | None
 
 
 class Look(Record):
@@ -62,7 +76,7 @@ class Look(Record):
 
 
 class Seen(NamedTuple):
-    """The measures of a look, see the module's text. `gold` is None without a gold model."""
+    """The measures of a look, one of `looks` planned, see the module's text. `gold` is None without a gold model."""
 
     step: int
     kl: Estimate
@@ -71,6 +85,7 @@ class Seen(NamedTuple):
     score: Estimate
     gold: Estimate | None
     style: Sequence[Difference]
+    looks: int = 1
 
     def metrics(self) -> dict[str, float]:
         """For the step's line of metrics.jsonl; what has no value is left out."""
@@ -103,36 +118,46 @@ def look(
     )  # fmt: skip
 
 
-def entropy_share(entropies: Sequence[float], window: int) -> Estimate:
+def entropy_share(entropies: Sequence[float | None], window: int) -> Estimate:
     """Mean entropy of the last steps over that of the first, `window` of each, fewer where they would overlap.
 
-    By hand: 2, 2, 1, 1 with window 4 has two on either side: 0.5.
+    By hand: 2, 2, 1, 1 with window 4 has two on either side: 0.5. None is a step without a number.
     """
     side = min(window, len(entropies) // 2)
     if side == 0:
-        return Estimate(value=None, n=0, reason=f"{len(entropies)} steps that learnt, at least two are needed")
-    first, last = np.mean(entropies[:side]), np.mean(entropies[-side:])
-    return Estimate(value=float(last / first), n=side)
+        return Estimate(value=None, n=0, reason=f"{len(entropies)} steps, at least two are needed")
+    first, last = ([one for one in part if one is not None] for part in (entropies[:side], entropies[-side:]))
+    if not first or not last or not sum(first) > 0:
+        why = "the sampler gave no log-probabilities" if not first or not last else "the first steps had none to lose"
+        return Estimate(value=None, n=0, reason=why)
+    return Estimate(value=float(np.mean(last) / np.mean(first)), n=min(len(first), len(last)))
 
 
 def see(
-    looks: Sequence[Look], entropies: Sequence[float], style: Sequence[Difference], window: int
+    looks: Sequence[Look], entropies: Sequence[float | None], style: Sequence[Difference], window: int, planned: int
 ) -> Seen:  # fmt: skip
-    """The measures of the newest look. `looks`: all so far; `entropies`: of all steps so far that learnt."""
+    """The measures of the newest look. `looks`: all so far, of which so many are `planned`; `entropies`: of all steps
+    so far."""
     newest = max(one.step for one in looks)
     steps = sorted({one.step for one in looks})[-window:]
     pooled = [one for one in looks if one.step in steps]
-    users = [one.user_id for one in pooled]
-    golds = [one.gold for one in pooled if one.gold is not None]
     now = [one for one in looks if one.step == newest]
+    golds = [one.gold for one in pooled if one.gold is not None]
+    confidence = 1 - (1 - intervals.CONFIDENCE) / planned
+
+    def told(measure: Callable[..., Estimate], values: Sequence[float], rows: Sequence[Look]) -> Estimate:
+        found = measure(values, [one.user_id for one in rows], confidence)
+        return found.model_copy(update={"n": len({one.prompt_id for one in rows})})
+
     return Seen(
         step=newest,
-        kl=intervals.mean([one.kl for one in now], [one.user_id for one in now]),
+        kl=told(intervals.mean, [one.kl for one in now], now),
         entropy_share=entropy_share(entropies, window),
-        win_rate=intervals.share([one.win_rate for one in pooled], users),
-        score=intervals.mean([one.score for one in pooled], users),
-        gold=intervals.mean(golds, users) if len(golds) == len(pooled) else None,
+        win_rate=told(intervals.share, [one.win_rate for one in pooled], pooled),
+        score=told(intervals.mean, [one.score for one in pooled], pooled),
+        gold=told(intervals.mean, golds, pooled) if len(golds) == len(pooled) else None,
         style=style,
+        looks=planned,
     )
 
 
@@ -173,10 +198,10 @@ def alarms(seen: Seen, config: RLAlarmsConfig) -> list[Alarm]:
     if gold is not None and _above(score) and gold.high is not None and gold.high < 0:
         ring("gold", gold, 0.0, f"score {score.value:+.2f} over the start, gold score {gold.value:+.2f}")
     for one in seen.style:
-        if one.effect is None or one.q is None or one.difference is None or one.n < STYLE_PROMPTS:
+        if one.effect is None or one.q is None or one.difference is None or one.n < MIN_PROMPTS:
             continue
         clear = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
-        if clear and one.q < FALSE_DISCOVERY_RATE and abs(one.effect) >= config.style_effect:
+        if clear and one.q < FALSE_DISCOVERY_RATE / seen.looks and abs(one.effect) >= config.style_effect:
             scale = one.effect / one.difference
             low, high = (None if end is None else end * scale for end in (one.low, one.high))
             effect = Estimate(value=one.effect, low=low, high=high, n=one.n)
@@ -185,11 +210,31 @@ def alarms(seen: Seen, config: RLAlarmsConfig) -> list[Alarm]:
     return found
 
 
-def onsets(by_look: Sequence[Sequence[Alarm]]) -> list[Alarm]:
-    """Of the alarms of each look in turn, those that did not ring at the look before."""
-    first = list(by_look[0]) if by_look else []
-    for before, now in pairwise(by_look):
-        ringing = {(one.kind, one.feature) for one in before}
+def watched(seen: Seen, config: RLAlarmsConfig) -> list[Watched]:
+    """Each kind but style at this look: ringing, silent or not measured, as which it must not pass for silent."""
+    says = {one.kind: one.says for one in alarms(seen, config)}
+    gold = seen.gold
+    if gold is not None and gold.value is not None and (gold.high is None or seen.score.low is None):
+        gold = Estimate(value=None, n=gold.n, reason=gold.reason or seen.score.reason)
+    told: list[tuple[AlarmKind, Estimate | None, float]] = [
+        ("kl", seen.kl, config.kl_max), ("entropy", seen.entropy_share, config.entropy_min_share),
+        ("win_rate", seen.win_rate, config.win_rate_max), ("gold", gold, 0.0),
+    ]  # fmt: skip
+    return [
+        Watched(step=seen.step, kind=kind, measured=measured, bound=bound, says=says.get(kind))
+        for kind, measured, bound in told
+        if measured is not None
+    ]
+
+
+def onsets(by_look: Sequence[Sequence[Alarm]], window: int) -> list[Alarm]:
+    """Of the alarms of each look in turn, those that did not ring in the `window` looks before.
+
+    So many are pooled: a condition that rings, is silent and rings again within them is one.
+    """
+    first: list[Alarm] = []
+    for number, now in enumerate(by_look):
+        ringing = {(one.kind, one.feature) for before in by_look[max(0, number - window) : number] for one in before}
         first += [one for one in now if (one.kind, one.feature) not in ringing]
     return first
 
