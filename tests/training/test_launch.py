@@ -2,18 +2,23 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch_jobs
 import pytest
 
-from characterflywheel.config import ParallelConfig
+from characterflywheel.config import FlywheelConfig, ParallelConfig
 from characterflywheel.errors import FlywheelError
+from characterflywheel.phases import herding
 from characterflywheel.pipeline import Work
-from characterflywheel.training.launch import Failure, Later, _explain, command, spread
+from characterflywheel.training.launch import Failure, Later, _explain, command, opened, spread
+from characterflywheel.workshop import Workshop
+from characterflywheel.workspace import Workspace
 
 TWO = ParallelConfig(processes=2)
 FAILED = """E1123 torch/distributed/elastic/multiprocessing/api.py: failed (exitcode: -9) local_rank: 1 (pid: 77)
@@ -43,6 +48,26 @@ def test_one_process_is_this_one(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (value, heard) == ((9.0, 4), [1, 2])
     assert not (tmp_path / ".partial").exists()
+
+
+def test_a_worker_opens_the_reward_models_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the command sends, RL's judge and the gold model are two parts of one thing, safety another."""
+    made: list[str] = []
+
+    def open_rewards(config: object, work: object, encoder: object, threads: int, device: str) -> SimpleNamespace:
+        made.append(device)
+        return SimpleNamespace(pointwise=f"pointwise {len(made)}", gold=f"gold {len(made)}")
+
+    monkeypatch.setattr(herding, "open_rewards", open_rewards)
+    monkeypatch.setattr(herding, "shared_encoder", lambda *place: None)
+    monkeypatch.setattr(herding, "encoder_folder", lambda spec: tmp_path)
+    shop = Workshop(Workspace(tmp_path), FlywheelConfig(parallel=TWO), None, None, 1)
+    pointwise, safety, gold = pickle.loads(pickle.dumps(herding.judges(shop, Work(tmp_path, 1))))
+    arguments, settings = opened([1, pointwise, safety], {"gold": gold, "threads": 4}, "cuda:1")
+    assert arguments[:2] == [1, "pointwise 1"]
+    assert type(arguments[2]).__name__ == "SafetyPolicy"
+    assert settings == {"gold": "gold 1", "threads": 4}
+    assert made == ["cuda:1"]
 
 
 def test_torchrun_starts_the_workers_unless_config_says_who(tmp_path: Path) -> None:

@@ -65,12 +65,7 @@ def train_rl(shop: Workshop, work: Work) -> RLSummary:
         fresh_days=config.fresh_days,
     )  # fmt: skip
     tables.write(work.folder / "prompts.parquet", PromptChoice, chosen.why)
-    pointwise: Any = Later(partial(_open_judge, "pointwise", shop.config, work))  # every worker has its own
-    gold: Any = Later(partial(_open_judge, "gold", shop.config, work))
-    safety: Any = Later(_open_safety)
-    if shop.config.parallel.processes == 1:
-        judge = shop.rewards(work)
-        pointwise, gold, safety = judge.pointwise, judge.gold, shop.safety
+    pointwise, safety, gold = judges(shop, work)
     with progress("rl") as advance:
         return spread(
             shop.config.parallel, rl.train_rl, work, config, work.inputs["model"] / "model", chosen.prompts, pointwise,
@@ -79,9 +74,18 @@ def train_rl(shop: Workshop, work: Work) -> RLSummary:
         )  # fmt: skip
 
 
-def _open_judge(which: str, config: FlywheelConfig, work: Work, device: str) -> Any:
+def judges(shop: Workshop, work: Work) -> tuple[Any, Any, Any]:
+    """The pointwise model, safety and the gold model; for several workers what each opens, the reward models once."""
+    if shop.config.parallel.processes == 1:
+        here = shop.rewards(work)
+        return here.pointwise, shop.safety, here.gold
+    judge = partial(_open_judge, shop.config, work)
+    return Later(judge, "pointwise"), Later(_open_safety), Later(judge, "gold")
+
+
+def _open_judge(config: FlywheelConfig, work: Work, device: str) -> Any:
     encoder = shared_encoder(encoder_folder(config.models.encoder), config.models.threads)
-    return getattr(open_rewards(config, work, encoder, config.models.threads, device), which)
+    return open_rewards(config, work, encoder, config.models.threads, device)
 
 
 def _open_safety(device: str) -> SafetyPolicy:

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,14 +29,28 @@ PATIENCE_SECONDS = 40.0  # torchrun gives its workers 30 to end
 
 @dataclass(frozen=True)
 class Later:
-    """An argument that every worker opens for itself, as it cannot be sent: `open(device)`."""
+    """An argument that every worker opens for itself, as it cannot be sent: `open(device)`, or that attribute of it.
+
+    Arguments with one `open` are parts of one thing, which is opened once.
+    """
 
     open: Callable[[str], Any]
+    part: str | None = None
 
 
-def opened(value: Any, device: str) -> Any:
-    """The value, or what it opens on this device."""
-    return value.open(device) if isinstance(value, Later) else value
+def opened(arguments: Sequence[Any], settings: Mapping[str, Any], device: str) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments and settings, with what they open on this device."""
+    made: dict[int, Any] = {}
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Later):
+            return value
+        key = id(value.open)  # also what cannot be hashed or compared; a pickle keeps who is who
+        if key not in made:
+            made[key] = value.open(device)
+        return made[key] if value.part is None else getattr(made[key], value.part)
+
+    return [one(value) for value in arguments], {name: one(value) for name, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -80,8 +94,8 @@ def spread(
     """
     if parallel.processes == 1:
         device = settings.get("device", "cpu")
-        here = {name: opened(value, device) for name, value in settings.items()}
-        return function(work, *(opened(a, device) for a in arguments), on_progress=on_progress, **here)
+        here, named = opened(arguments, settings, device)
+        return function(work, *here, on_progress=on_progress, **named)
     places = {name: work.partial / f"{name}.pickle" for name in ("job", "result", "failure")}
     for place in places.values():
         place.unlink(missing_ok=True)

@@ -44,8 +44,7 @@ def _work(job: Job) -> Result:
     settings["device"] = device = parallel.device or "cpu"
     if "threads" in settings and device == "cpu":
         settings["threads"] = max(1, settings["threads"] // parallel.local)
-    arguments = [opened(a, device) for a in job.arguments]
-    settings = {name: opened(value, device) for name, value in settings.items()}
+    arguments, settings = opened(job.arguments, settings, device)
     advance = _tell_progress if parallel.main else _say_nothing
     summary = job.function(job.work, *arguments, parallel=parallel, on_progress=advance, **settings)
     peaks = parallel.gather([peak_memory_mb()])
