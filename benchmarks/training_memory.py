@@ -4,12 +4,14 @@
 
 Ways: all weights; with gradient checkpointing; adapters of rank 8; adapters with checkpointing; the upper half of the
 layers. Each takes two steps of SFT of two micro-batches full of the longest examples. On a CPU the measured peak is
-resident memory over what the process held before the model was loaded, and includes the allocator's gaps; on a GPU it
-is the most that was allocated. The prediction is `characterflywheel.training.plan`'s, from config.json alone.
+resident memory over what the process held before the model was loaded, and includes the holes of the C library's heap;
+`--no-holes` has every large block mapped apart, which is slower and shows what is really held. On a GPU it is the most
+that was allocated. The prediction is `characterflywheel.training.plan`'s, from config.json alone.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -86,7 +88,10 @@ def measure_apart(folder: Path, way: Way, args: argparse.Namespace) -> float:
     given = ["--one", json.dumps(way), "--folder", str(folder), "--device", args.device]
     for name in ("prompt_tokens", "reply_tokens", "micro_batch_tokens", "threads"):
         given += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    done = subprocess.run([sys.executable, __file__, *given], check=True, stdout=subprocess.PIPE, text=True)
+    apart = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"} if args.no_holes else {}
+    done = subprocess.run(
+        [sys.executable, __file__, *given], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **apart}
+    )
     return float(done.stdout.splitlines()[-1])
 
 
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=192)
     parser.add_argument("--reply-tokens", type=int, default=64)
     parser.add_argument("--micro-batch-tokens", type=int, default=1536)
+    parser.add_argument("--no-holes", action="store_true", help="map every block of a MiB or more apart (glibc)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

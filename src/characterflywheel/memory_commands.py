@@ -8,7 +8,7 @@ import typer
 
 from .errors import FlywheelError
 from .progress import announce
-from .training.plan import GIB, PEAKS, SPARE, USE, Machine, StagePlan, plan_stages
+from .training.plan import GIB, PEAKS, USE, Machine, StagePlan, plan_stages
 from .training.shape import Shape, known, read_shape
 from .workspace import Workspace
 
@@ -84,7 +84,7 @@ def _lines(plans: Sequence[StagePlan], shape: Shape, machine: Machine, processes
     of = "GPU" if machine.gpu else "process"
     lines = [
         f"{shape.parameters:,} parameters; {processes} x {of}, {machine.memory / GIB:.1f} GiB each, "
-        f"of which {SPARE:.0%} are left for gaps",
+        f"of which {machine.spare:.0%} are left for gaps",
         "",
         f"{'GiB of one ' + of:<24}" + "".join(f"{plan.stage:>10}" for plan in plans),
     ]

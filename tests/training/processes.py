@@ -24,7 +24,12 @@ def free_port() -> int:
 
 
 def together(
-    function: Callable[..., Any], *arguments: Any, world: int = 2, local: int | None = None, sharding: Sharding = "none"
+    function: Callable[..., Any],
+    *arguments: Any,
+    world: int = 2,
+    local: int | None = None,
+    sharding: Sharding = "none",
+    device: str = "cpu",
 ) -> list[Any]:
     """What `function(parallel, *arguments)` returns in each of `world` processes; the first error of one is raised."""
     local, port, pipes = local or world, free_port(), []
@@ -35,7 +40,7 @@ def together(
             "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        process = FORKS.Process(target=_one, args=(theirs, places, sharding, function, arguments))
+        process = FORKS.Process(target=_one, args=(theirs, places, sharding, device, function, arguments))
         process.start()
         theirs.close()
         processes.append(process)
@@ -52,14 +57,19 @@ def together(
 
 
 def _one(
-    pipe: Connection, places: dict[str, Any], sharding: Sharding, function: Callable[..., Any], arguments: Any
+    pipe: Connection,
+    places: dict[str, Any],
+    sharding: Sharding,
+    device: str,
+    function: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)
     os.environ |= {name: str(value) for name, value in places.items()}
     try:
-        parallel = Parallel.join(sharding)
+        parallel = Parallel.join(sharding, device)
         value = function(parallel, *arguments)
         parallel.leave()
     except BaseException:  # the boundary of this process

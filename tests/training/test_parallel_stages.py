@@ -56,7 +56,16 @@ def _train_all(parallel: Parallel, root: Path, parent: Path) -> dict[str, Any]:
     for name, (train, config, rows) in WAYS.items():
         work = Work(root / name, 3)
         work.folder.mkdir(parents=True, exist_ok=True)
-        done[name] = train(work, config, parent, rows, threads=1, parallel=parallel, gradient_checkpointing=True)
+        done[name] = train(
+            work,
+            config,
+            parent,
+            rows,
+            threads=1,
+            parallel=parallel,
+            device=parallel.device or "cpu",
+            gradient_checkpointing=True,
+        )
     for module, kind in real:
         module.fast_dtype = kind
     return done

@@ -116,11 +116,12 @@ def _narrow(shape: Shape, head: int, *, vocabulary: int, layers: int) -> Any:
 def _run(model: Any, examples: Sequence[Example], lora_rank: int | None, dtype: torch.dtype, gpu: bool) -> _Held:
     """One pass over a micro-batch, gradients being there from one before."""
     paths = [path for number, example in enumerate(examples) for path in example.paths(number)]
-    if lora_rank is not None and len(model.model.layers):
-        adapters.attach(model, lora_rank)
-    elif lora_rank is not None:
-        model.requires_grad_(False)
-        model.model.norm.weight.requires_grad_(True)  # so that there is a backward pass through the head
+    if lora_rank is not None:
+        if len(model.model.layers):
+            adapters.attach(model, lora_rank)
+        else:
+            model.requires_grad_(False)
+        model.model.embed_tokens.weight.requires_grad_(True)  # so that the first layer keeps what every other one does
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     vocabulary = model.config.vocab_size
     paths = [tuple(tuple(t % vocabulary for t in segment) for segment in path) for path in paths]
