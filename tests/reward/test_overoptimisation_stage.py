@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from characterflywheel import tables
-from characterflywheel.config import OveroptimisationConfig, RLConfig
+from characterflywheel.config import OveroptimisationConfig, RLAlarmsConfig, RLConfig
 from characterflywheel.pipeline import Work, output_hashes
 from characterflywheel.records import Candidate, ChatMessage, Estimate, Prompt, Rollout
 from characterflywheel.reward.overoptimisation.stage import (
@@ -109,6 +109,17 @@ def test_gold_that_likes_the_opposite_falls(tiny_folder: Path, rollouts: list[Ro
     assert summary.rl.points[-1].gold.high < 0 < summary.rl.points[-1].proxy.low
     assert summary.rl.gap_growth.low > 0
     assert "gold followed" not in summary.line()
+
+
+def test_gold_that_may_stop_rl_is_told_to_flatter_its_end(
+    tiny_folder: Path, rollouts: list[Rollout], tmp_path: Path
+) -> None:
+    stops = RL.model_copy(update={"alarms": RLAlarmsConfig(stop=("gold",))})
+    told = run(tmp_path / "chose", tiny_folder, rollouts, gold=Judged(letters), rl=stops)
+    assert told.gold_stops
+    assert "RL was to stop where gold fell, so gold flatters its end" in told.line()
+    none = run(tmp_path / "none", tiny_folder, rollouts, rl=stops, gold_accuracy=None)
+    assert (none.gold_stops, "flatters" in none.line()) == (False, False), "there was no gold to stop it"
 
 
 def test_nothing_is_concluded_from_a_gold_model_that_may_guess(

@@ -12,10 +12,13 @@ from training_fixture import weights
 from characterflywheel import tables
 from characterflywheel.config import RLAlarmsConfig, RLConfig
 from characterflywheel.llm import native
+from characterflywheel.llm.native import load_model
 from characterflywheel.records import Rollout
 from characterflywheel.training import learner, sharding
+from characterflywheel.training.adapters import attach
 from characterflywheel.training.parallel import Parallel, Sharding
 from characterflywheel.training.rl import samplers
+from characterflywheel.training.rl.step import without_adapters
 
 CONFIG = RLConfig(
     steps=2, prompts_per_step=3, group=4, learning_rate=1e-3, temperature=1.0, max_tokens=6, updates_per_step=2,
@@ -34,6 +37,42 @@ def _train(parallel: Parallel, folder: Path, parent: Path) -> tuple[int, Any]:
     asked = Judged(letters)
     summary = train(folder, parent, CONFIG, asked, gold=Judged(letters), parallel=parallel)
     return asked.asked, summary
+
+
+def _with_adapters(parallel: Parallel, folder: Path, parent: Path) -> list[float]:
+    """A step of each algorithm that asks for the start before its first update; the norms of their gradients."""
+    norms = []
+    for config in (
+        RLConfig(kl_weight=0.1, lora_rank=2, steps=1, group=4, prompts_per_step=2, max_tokens=4),
+        RLConfig(algorithm="online_dpo", lora_rank=2, steps=1, group=4, prompts_per_step=2, max_tokens=4),
+    ):
+        train(folder / config.algorithm, parent, config, Judged(letters), parallel=parallel)
+        norms += [row.get("gradient_norm", 0.0) for row in metrics(folder / config.algorithm)]
+    return norms
+
+
+def test_adapters_in_shards_learn_beside_the_start_that_they_hide(tiny_folder: Path, tmp_path: Path) -> None:
+    """FSDP makes a parameter of its shards once: were its gradient away then, it would be for good."""
+    norms, again = together(_with_adapters, tmp_path, tiny_folder, sharding="full")
+    assert norms == again
+    assert all(norm > 0 for norm in norms)
+
+
+def test_adapters_keep_their_gradient_where_they_are_put_aside(tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, torch.float32)[0]
+    attach(model, 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    asked = torch.arange(5)[None]
+    before, trained = model(asked).logits, [p.requires_grad for p in model.parameters()]
+    with without_adapters(model):
+        assert [p.requires_grad for p in model.parameters()] == trained
+        plain = model(asked).logits
+    torch.testing.assert_close(plain, load_model(tiny_folder, torch.float32)[0](asked).logits)
+    assert torch.equal(model(asked).logits, before)
+    assert not torch.allclose(plain, before)
 
 
 @pytest.fixture(scope="module")

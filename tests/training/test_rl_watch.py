@@ -1,6 +1,7 @@
 """Every alarm of RL on numbers worked by hand."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,8 +12,20 @@ from training_fixture import prompt
 
 from characterflywheel.config import RLAlarmsConfig
 from characterflywheel.records import Estimate
+from characterflywheel.style.monitor import Difference
 from characterflywheel.training.rl import watch
-from characterflywheel.training.rl.watch import Alarm, Look, Seen, alarms, entropy_share, look, looks_at, onsets, see
+from characterflywheel.training.rl.watch import (
+    Alarm,
+    Look,
+    Seen,
+    alarms,
+    entropy_share,
+    look,
+    looks_at,
+    onsets,
+    see,
+    watched,
+)  # fmt: skip
 
 CONFIG = RLAlarmsConfig()
 QUIET = Estimate(value=0.0, low=-1.0, high=1.0, n=8)
@@ -72,6 +85,13 @@ def test_the_config_says_what_stops() -> None:
     kl = alarms(seen, config)[0]
     assert (kl.step, kl.value, kl.bound, kl.low, kl.high, kl.n) == (4, 20.0, 10.0, 18.0, 22.0, 8)
     assert kl.says == "KL to the start 20.00 nats a reply"
+
+
+def drifted() -> Sequence[Difference]:
+    """Twelve prompts; all later replies but one have an emoji."""
+    asked = {p.id: p for p in map(prompt, range(12))}
+    plain = [(id, f"the sea is cold {i}") for i, id in enumerate(asked)]
+    return watch.style_drift(asked, plain, [(id, f"{t} 🌊" if i else t) for i, (id, t) in enumerate(plain)], "later")
 
 
 def test_style_drift_needs_a_discovery_and_an_effect() -> None:
@@ -143,6 +163,8 @@ def test_entropy_is_compared_between_steps_that_do_not_overlap() -> None:
     assert entropy_share([2.0, 9.0, 1.0], 4) == Estimate(value=0.5, n=1)
     assert entropy_share([4.0, 2.0, 9.0, 9.0, 1.0, 0.5], 2) == Estimate(value=0.25, n=2)
     assert entropy_share([2.0], 4).value is None
+    assert entropy_share([2.0, None, 1.0, None], 4) == Estimate(value=0.5, n=1), "None: a step without a number"
+    assert entropy_share([2.0, None], 4).value is None
     assert "at least two" in str(entropy_share([], 4).reason)
 
 
@@ -171,6 +193,53 @@ def test_the_last_looks_are_pooled_and_kl_is_the_newest() -> None:
     blind = see([r.model_copy(update={"gold": None}) for r in rows], [], [], window=2, planned=5)
     assert blind.gold is None
     assert blind.metrics().keys() == {"kl_to_start", "win_rate", "score_gain"}
+
+
+def test_a_prompt_at_several_looks_counts_once() -> None:
+    """As a unit of the interval it is its user's, as a number to be told it is one prompt."""
+    rows = [look(step, prompt(i), [0.0], [1.0], [0.0], [0.0], [1.0]) for step in (1, 2) for i in range(3)]
+    seen = see(rows, [], [], window=4, planned=2)
+    assert seen.gold is not None
+    assert (seen.win_rate.n, seen.score.n, seen.gold.n, seen.kl.n) == (3, 3, 3, 3)
+
+
+def test_where_gold_does_not_move_a_run_of_many_looks_rarely_rings() -> None:
+    """The score is truly up, gold truly unmoved. Of 60 runs of 25 looks 1 rang; at 95% for each look 20 did."""
+    rng, rang = np.random.default_rng(0), 0
+    for _ in range(60):
+        rows: list[Look] = []
+        for step in range(25):
+            for i in range(4):
+                up, still = rng.normal(0.8, 1, 6).tolist(), rng.normal(0, 1, 6).tolist()
+                start, start_gold = rng.normal(0, 1, 4).tolist(), rng.normal(0, 1, 4).tolist()
+                rows.append(look(step, prompt(4 * step + i), [1.0], up, start, still, start_gold))
+            if "gold" in rung(see(rows[-16:], [], [], window=4, planned=25)):
+                rang += 1
+                break
+    assert rang <= 4
+
+
+def test_style_s_discoveries_are_as_rare_in_a_run_as_in_one_look() -> None:
+    """The q of a look is compared with a share of 0.05 for each look that is planned."""
+    (row,) = (one for one in drifted() if one.feature == "emojis")
+    assert row.q is not None
+    close = [row.model_copy(update={"q": 0.01})]
+    assert rung(SEEN._replace(style=close)) == ["style"]
+    assert rung(SEEN._replace(style=close, looks=4)) == ["style"]
+    assert rung(SEEN._replace(style=close, looks=5)) == []
+
+
+def test_what_was_not_measured_is_not_silent() -> None:
+    """Entropy of a single step; gold of one user, which has no interval and so can never ring."""
+    kl = Estimate(value=20.0, low=18.0, high=22.0, n=8)
+    alone = Estimate(value=-1.0, n=3, reason="one user only: no interval")
+    unknown = entropy_share([2.0], 4)
+    told = {one.kind: one for one in watched(SEEN._replace(kl=kl, entropy_share=unknown, gold=alone), CONFIG)}
+    assert (told["kl"].says, told["kl"].measured, told["kl"].bound) == ("KL to the start 20.00 nats a reply", kl, 10.0)
+    assert (told["win_rate"].says, told["win_rate"].measured) == (None, SEEN.win_rate)
+    assert told["entropy"].measured == unknown
+    assert told["gold"].measured == Estimate(value=None, n=3, reason=alone.reason)
+    assert [one.kind for one in watched(SEEN._replace(gold=None), CONFIG)] == ["kl", "entropy", "win_rate"]
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=5), st.lists(st.floats(-5, 5), min_size=1, max_size=5))

@@ -4,7 +4,8 @@ Best-of-n costs no sampling: its candidates are rejection sampling's, so the pol
 `best_of_n`). The proxy is the pointwise model in both: what RL climbs, and what selection climbs where no signal
 counts, before its filters and safety's veto. RL's rollouts were kept
 with the policy's log-probabilities; here their start reads them once, and answers the same prompts to be compared
-with. Nothing here drives anything, so that the gold model stays gold.
+with. Nothing here drives anything, so that the gold model stays gold; where `rl.alarms.stop` has "gold", it chose
+which of RL's weights were kept, and what it then says of RL's end is told as such.
 """
 
 from collections import Counter
@@ -51,12 +52,14 @@ class Scorer(Protocol):
 class OveroptimisationSummary(Record):
     """Both curves, as the ledger keeps them, and the gold model's own held-out accuracy (None: there is no such model).
 
-    Of a gold model that is not shown to know better than chance the curves are kept, and nothing is concluded.
+    `gold_stops`: a fall of gold was to stop RL, so that of RL's end gold is no independent judge. Of a gold model that
+    is not shown to know better than chance the curves are kept, and nothing is concluded.
     """
 
     best_of_n: OptimisationCurve
     rl: OptimisationCurve
     gold_accuracy: Estimate | None = None
+    gold_stops: bool = False
 
     def line(self) -> str:
         doubt = NO_GOLD if self.gold_accuracy is None else no_judge(self.gold_accuracy)
@@ -64,7 +67,8 @@ class OveroptimisationSummary(Record):
             f"{name}: {said(found, trusted=doubt is None)}"
             for name, found in (("best of n", self.best_of_n), ("RL", self.rl))
         )
-        return f"{line} · {doubt}" if doubt else line
+        chose = "RL was to stop where gold fell, so gold flatters its end" if self.gold_stops else None
+        return " · ".join(part for part in (line, chose, doubt) if part)
 
 
 class ScoredReply(Record):
@@ -128,7 +132,8 @@ def measure_overoptimisation(
     policy, more = _rl(config, judges, groups, moved, own, work.seed)
     on_progress(PARTS, PARTS)
     judged = gold and (gold_accuracy or Estimate(value=None, n=0, reason="no held-out accuracy"))
-    summary = OveroptimisationSummary(best_of_n=selection, rl=policy, gold_accuracy=judged)
+    stops = bool(judged) and "gold" in rl.alarms.stop
+    summary = OveroptimisationSummary(best_of_n=selection, rl=policy, gold_accuracy=judged, gold_stops=stops)
     tables.write(work.folder / "scores.parquet", ScoredReply, rows + more)
     write_atomically(work.folder / "curves.json", summary.model_dump_json(indent=1) + "\n")
     return summary
