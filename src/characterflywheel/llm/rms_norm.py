@@ -11,7 +11,7 @@ from torch import Tensor
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """`norm(x)` of a Hugging Face `LlamaRMSNorm` or one like it, states (rows, width) in float32."""
-    if x.dtype != torch.float32 or not torch.is_grad_enabled():
+    if x.dtype != torch.float32:
         return norm(x)  # type: ignore[no-any-return]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
