@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from characterflywheel.errors import FlywheelError
+from characterflywheel.llm import chat_format as chat_format_module
 from characterflywheel.llm.chat_format import ChatFormat
 from characterflywheel.records import ChatMessage
 from tiny_model import SYSTEM, asks, says, tiny_tokenizer
@@ -107,3 +108,14 @@ def test_a_user_cannot_speak_for_another_role() -> None:
     for token in ("<|im_start|>", "<|im_end|>"):
         control = TOKENIZER.convert_tokens_to_ids(token)
         assert ids.count(control) == known.count(control)
+
+
+def test_the_tokens_of_so_many_system_prompts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is used all the time stays, and all are split alike whether they were kept or not."""
+    monkeypatch.setattr(chat_format_module, "HEADS", 4)
+    form, often = chat_format(), says("system", "You are Di: warm.")
+    for number in range(10):
+        for system in (often, says("system", f"You are {number}.")):
+            assert form.prompt(asks("hi", system)) == chat_format().prompt(asks("hi", system))
+    kept = [system.content for (system,) in form._cache]
+    assert sorted(kept) == ["You are 7.", "You are 8.", "You are 9.", often.content]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from characterflywheel.config import FlywheelConfig, ModelsConfig
 from characterflywheel.errors import FlywheelError
-from characterflywheel.llm import Sampling
+from characterflywheel.llm import Sampling, ct2
 from characterflywheel.llm.ct2 import CTranslate2Model, Precision, converted
 from characterflywheel.workshop import BACKENDS, Workshop
 from characterflywheel.workspace import Workspace
@@ -128,15 +129,65 @@ def test_progress_counts_conversations(model: CTranslate2Model) -> None:
 
 
 def test_weights_are_converted_once(tiny_folder: Path, tmp_path: Path) -> None:
-    first = converted(tiny_folder)
+    first = converted(tiny_folder).folder
     written = (first / "model.bin").stat().st_mtime_ns
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
-    assert converted(copy) == first
+    assert converted(copy).folder == first
     assert (first / "model.bin").stat().st_mtime_ns == written
+    assert converted(other(tiny_folder, tmp_path, 1)).folder != first
+
+
+def other(folder: Path, where: Path, number: int) -> Path:
+    """A copy of the model with another last weight."""
+    copy = shutil.copytree(folder, where / f"other-{number}")
     weights = bytearray((copy / "model.safetensors").read_bytes())
-    weights[-2] ^= 1
+    weights[-2] ^= number
     (copy / "model.safetensors").write_bytes(weights)
-    assert converted(copy) != first
+    return copy
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from characterflywheel.llm.ct2 import converted
+
+kept = converted(Path(sys.argv[1]))
+print(kept.folder, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_cache_keeps_the_newest_and_those_in_use(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for two: one that this process has open, one that another has open, and the newest two of the others."""
+    monkeypatch.setenv("FLYWHEEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ct2, "KEPT_MODELS", 2)
+    folders = [other(tiny_folder, tmp_path, number) for number in range(1, 7)]
+    mine = CTranslate2Model.load(folders[0], "mine", max_prompt_tokens=128, threads=1)
+    converted(folders[1])
+    words = [sys.executable, "-c", HOLDS, str(folders[1])]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        made = [converted(folder).folder for folder in folders[2:5]]
+        assert there(tmp_path) == {mine.folder, theirs, *made[1:]}
+        assert converted(folders[3]).folder == made[1], "used again, it is the newest"
+        made.append(converted(folders[5]).folder)
+        assert there(tmp_path) == {mine.folder, theirs, made[1], made[3]}
+        assert len(mine.complete([asks("hi")], sampling=Sampling(max_tokens=2), seeds=[1])) == 1
+        process.kill()
+    made.append(converted(folders[4]).folder)
+    assert there(tmp_path) == {mine.folder, made[3], made[4]}, "made again; who is killed uses nothing any more"
+    del mine
+    assert converted(folders[0]).folder in there(tmp_path)
+    made.append(converted(folders[2]).folder)
+    assert len(there(tmp_path)) == 2
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {path.name for path in there(tmp_path)}
+
+
+def there(where: Path) -> set[Path]:
+    return {path.parent for path in (where / "cache").glob("ct2-*/model.bin")}
 
 
 def test_config_chooses_the_backend(tiny_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from ..records import ChatMessage
 from .base import Completion
 from .shared_prefix import Segment
 
+HEADS = 1024
+"""System prompts whose tokens are kept, those used last; a service may be sent another one with every request."""
+
 
 class ChatFormat:
     """Tokenises conversations with a tokenizer's chat template; long histories lose their oldest turns."""
@@ -69,10 +72,14 @@ class ChatFormat:
 
     def _head(self, system: tuple[ChatMessage, ...]) -> Segment:
         """The tokens common to every conversation under this system prompt."""
-        if system not in self._cache:
+        head = self._cache.pop(system, None)
+        if head is None:
             one, two = (self._render((*system, ChatMessage(role="user", content=c))) for c in ("a", "1"))
-            self._cache[system] = one[: _common_prefix(one, two)]
-        return self._cache[system]
+            head = one[: _common_prefix(one, two)]
+            for oldest in list(self._cache)[: max(0, len(self._cache) - HEADS + 1)]:
+                self._cache.pop(oldest, None)
+        self._cache[system] = head  # the newest is the last
+        return head
 
     def _harmless(self, text: str) -> str:
         """Text that cannot speak for another role: a control token written out by a person is broken by a space."""

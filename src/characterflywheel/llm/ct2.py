@@ -1,21 +1,26 @@
 """The CTranslate2 backend: the same chat model in int8, for CPUs (DESIGN section 6).
 
-A folder's weights are converted once and kept in the cache under a hash of its files. The prompt is run once for
-all of its replies, a system prompt once a call. CTranslate2 seeds its random numbers only where a worker thread
+A folder's weights are converted once and kept in the cache under a hash of its files; the cache keeps the
+`KEPT_MODELS` that were opened last, and those in use. The prompt is run once for all of its replies, a system prompt
+once a call. CTranslate2 seeds its random numbers only where a worker thread
 starts, so each call opens the converted model anew, which takes a tenth of a second for SmolLM2-135M.
 
 Int8 is a policy of its own: for SmolLM2-135M a token's log-probability is 0.25 nats from float32's on average and the
 divergence 0.05 nats a token (718 tokens at temperature 0.8). With `precision="float32"` both are below 1e-5.
 """
 
+import fcntl
 import gc
 import hashlib
 import json
+import os
 import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +38,8 @@ from .token_sampler import Drawn, TokenSampler
 
 LOGIT_BYTES = 2**28
 """Room for the logits of one batch; they are kept until its last token, (rows, max_tokens, vocabulary) float32."""
+KEPT_MODELS = 8
+"""Converted models in the cache: those of two generations, each with its parent, SFT, DPO and RL model."""
 
 Precision = Literal["int8", "float32"]
 
@@ -46,11 +53,13 @@ class CTranslate2Model(TokenSampler):
     replies of a conversation also depend on those it is asked with; log-probabilities are those of the rounded weights.
     """
 
+    kept: "Kept | None" = None  # its place in the cache
+
     def __init__(
         self, folder: Path, tokenizer: Any, name: str, *, max_prompt_tokens: int, threads: int, batch_replies: int = 64,
         precision: Precision = "int8", ends: frozenset[int] = frozenset(),
     ) -> None:  # fmt: skip
-        """`folder` holds a model converted at this precision, see `converted`; `ends` are its further end tokens."""
+        """`folder` holds a model converted at this precision, see `convert`; `ends` are its further end tokens."""
         self.folder, self.name, self.threads, self.batch_replies = folder, name, threads, batch_replies
         self.precision, self.ends = precision, ends | {tokenizer.eos_token_id}
         self.format = ChatFormat(tokenizer, max_prompt_tokens)
@@ -64,8 +73,10 @@ class CTranslate2Model(TokenSampler):
         if device != "cpu":
             raise FlywheelError(f'backend "ctranslate2" runs on "cpu", not {device!r}: set models.backend to "native".')
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ends = end_tokens(folder)
-        return cls(converted(folder, precision), tokenizer, name, precision=precision, ends=ends, **settings)
+        ends, kept = end_tokens(folder), converted(folder, precision)
+        model = cls(kept.folder, tokenizer, name, precision=precision, ends=ends, **settings)
+        model.kept = kept
+        return model
 
     def sample(
         self,
@@ -139,7 +150,15 @@ def _logprobs(ids: Sequence[int], logits: Sequence[Any], temperature: float) -> 
     return list((chosen - table.logsumexp(1)).tolist())
 
 
-def converted(folder: Path, precision: Precision = "int8") -> Path:
+class Kept:
+    """A converted model in the cache. While this lives, no process removes its `folder`."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        weakref.finalize(self, os.close, lock)
+
+
+def converted(folder: Path, precision: Precision = "int8") -> Kept:
     """The CTranslate2 form of a Hugging Face folder, made when these weights are first seen."""
     package = _package()
     digest = hashlib.sha256(f"{package.__version__} {precision}".encode())
@@ -148,9 +167,54 @@ def converted(folder: Path, precision: Precision = "int8") -> Path:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     target = cache_folder() / f"ct2-{digest.hexdigest()[:16]}"
-    if not (target / "model.bin").exists():
-        convert(folder, target, precision)
-    return target
+    kept = _take(target)
+    if kept is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.parent, wait=True):  # nobody else converts or removes meanwhile
+            while (kept := _take(target)) is None:
+                convert(folder, target, precision)
+            _drop_unused(target.parent)
+    return kept
+
+
+def _take(target: Path) -> Kept | None:
+    """Use what is there, if it is; it counts as the newest."""
+    try:
+        lock = os.open(target, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # file systems without locks, where nothing is removed, or that are read-only
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(target)
+    try:
+        if (target / "model.bin").exists() and os.path.samestat(os.fstat(lock), target.stat()):
+            return Kept(target, lock)
+    except FileNotFoundError:  # removed while the lock was waited for
+        pass
+    os.close(lock)
+    return None
+
+
+def _drop_unused(cache: Path) -> None:
+    """Remove all but the newest `KEPT_MODELS`, and of the others none that is in use."""
+    found = sorted(cache.glob("ct2-" + 16 * "[0-9a-f]"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in found[KEPT_MODELS:]:
+        with suppress(OSError), _locked(old, wait=False):
+            removed = Path(tempfile.mkdtemp(dir=cache))
+            old.replace(removed / old.name)  # gone at once
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a folder for oneself, on a file system with locks. Raises OSError where it is not to wait and would have to."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError) if wait else nullcontext():
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(lock)
 
 
 def convert(folder: Path, target: Path, precision: Precision, model: Any | None = None) -> None:
@@ -196,7 +260,6 @@ def _package() -> Any:
         import ctranslate2  # noqa: PLC0415
     except ImportError:
         raise FlywheelError(
-            'backend "ctranslate2" needs its package: pip install "characterflywheel[ctranslate2]", '
-            'or choose "native".'
+            'backend "ctranslate2" needs its package: pip install "characterflywheel[ctranslate2]", or choose "native".'
         ) from None
     return ctranslate2
