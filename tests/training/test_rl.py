@@ -96,6 +96,7 @@ def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Pat
     summary = train(tmp_path, tiny_folder, FEW, Judged(lambda text: 0.7))
     assert summary.equal_groups == FEW.steps * FEW.prompts_per_step
     assert summary.trained_tokens == 0 < summary.sampled_tokens
+    assert summary.prompts == len(PROMPTS) < FEW.steps * FEW.prompts_per_step, "each once"
     assert summary.effective_share is None, "not measured is not zero"
     assert summary.entropy == metrics(tmp_path)[-1]["entropy"] > 0, "of all rollouts, whether or not they teach"
     assert "effective samples unknown" in summary.line()

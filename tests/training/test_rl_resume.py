@@ -7,6 +7,7 @@ import pytest
 import torch
 from killed import At, kill
 from rl_fixture import Judged, letters, train, train_with_every_checkpoint
+from training_fixture import Killed, dies_at
 
 from characterflywheel.config import RLAlarmsConfig, RLConfig
 from characterflywheel.errors import RewardGone, SamplerGone
@@ -59,6 +60,22 @@ def test_a_killed_run_ends_in_the_same_bytes(at: At, whole: dict[str, str], tiny
     assert {"model/model.safetensors", "metrics.jsonl", "rollouts.parquet", "alarms.jsonl"} <= whole.keys()
     assert "timing.jsonl" not in whole
     assert (tmp_path / "timing.jsonl").exists()
+
+
+def test_a_run_that_left_no_checkpoint_is_replayed_to_the_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
+    """Sixteen updates of four steps with KL and looks, killed after the third step: all is learnt again from what was
+    drawn, scored and kept."""
+    config = RLConfig.model_validate(
+        CONFIG.model_dump() | {"steps": 4, "epochs": 2, "alarms": CONFIG.alarms.model_dump() | {"every": 1}}
+    )
+    train(tmp_path / "whole", tiny_folder, config)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", tiny_folder, config, on_progress=dies_at(3))
+    assert not (tmp_path / "killed" / ".partial" / "learner.pt").exists()
+    asked = Judged(letters)
+    train(tmp_path / "killed", tiny_folder, config, asked)
+    assert asked.asked == config.prompts_per_step * config.group, "the last step's; the others were scored before"
+    assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
 
 
 # What goes away while RL runs

@@ -1,6 +1,8 @@
 """RL with each sampler: the correction sees who drew, and a server that dies in the middle costs nothing but time."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from characterflywheel import tables
 from characterflywheel.config import RLConfig, SamplerConfig
 from characterflywheel.errors import SamplerGone
 from characterflywheel.records import Rollout
+from characterflywheel.training.paths import open_format
+from characterflywheel.training.rl import samplers
 from token_server import TokenServer, listening
 
 STEPS = 3
@@ -39,6 +43,37 @@ def test_rollouts_come_from_the_weights_of_their_step(tiny_folder: Path, tmp_pat
     assert all(row["effective_share"] > 0.95 for row in metrics(tmp_path / "one") if "effective_share" in row)
     train(tmp_path / "two", tiny_folder, config(kind=kind))
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two"), "the same run again gives the same bytes"
+
+
+def test_rollouts_of_older_weights_are_counted(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last push does not arrive. What drew is kept with each rollout, so a resumed run counts alike."""
+    real = samplers.InMemory._load
+
+    def lost(self: samplers.InMemory, model: Any, version: int) -> None:
+        if version < STEPS - 1:
+            real(self, model, version)
+
+    monkeypatch.setattr(samplers.InMemory, "_load", lost)
+    summary = train(tmp_path, tiny_folder, config())
+    assert [row["stale_share"] for row in metrics(tmp_path)] == [0.0, 0.0, 1.0]
+    assert summary.stale_rollouts == 2 * 4
+
+
+def test_an_end_token_of_the_folder_s_own_is_no_text(tiny_folder: Path, tmp_path: Path) -> None:
+    """generation_config.json may name ends that the tokenizer does not call special: here every letter does."""
+    parent = shutil.copytree(tiny_folder, tmp_path / "parent")
+    form = open_format(parent, 192)
+    letters = [i for i in range(3, 256) if form.decode([i]).isalpha()]
+    (parent / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *letters]}), encoding="utf-8")
+    train(tmp_path / "run", parent, config())
+    rollouts = tables.read(tmp_path / "run" / "rollouts.parquet", Rollout)
+    ended = [r for r in rollouts if r.token_ids[-1] in letters]
+    assert ended
+    for r in ended:
+        assert not r.cut_off
+        assert r.text == form.decode(r.token_ids[:-1]).strip()
 
 
 def test_a_server_that_dies_in_the_middle_costs_only_time(tiny_folder: Path, tmp_path: Path) -> None:

@@ -105,6 +105,20 @@ def test_a_stop_keeps_the_weights_of_the_last_good_look(
     assert summary.steps == bad == len(metrics(tmp_path / "stopped"))
     assert [(one.kind, one.action) for one in summary.alarms if one.kind == "kl"] == [("kl", "stop")]
     assert f"stopped at step {bad}: KL to the start" in summary.line()
+    assert f"the model kept has learnt from {bad - 2} of them" in summary.line()
+    kept, thrown = metrics(tmp_path / "stopped")[bad - 2 :]
+    assert (summary.last_reward, summary.last_words, summary.entropy) == (
+        kept["reward"],
+        kept["words"],
+        kept["entropy"],
+    )
+    assert kept["reward"] != thrown["reward"]
+    assert {(one.step, one.kind, one.says) for one in summary.watched} == {
+        (bad - 1, kind, None) for kind in ("kl", "entropy", "win_rate")
+    }, "of the weights that are kept, not of those that rang"  # fmt: skip
+    rollouts = tables.read(tmp_path / "stopped" / "rollouts.parquet", Rollout)
+    assert {r.step for r in rollouts} == set(range(1, bad + 1))
+    assert {r.step for r in summary.kept(rollouts)} == set(range(1, bad))
     monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", -1.0)
     with pytest.raises(Killed):
         train(tmp_path / "killed", tiny_folder, config, on_progress=dies_at(bad - 1))
@@ -121,6 +135,9 @@ def test_a_stop_at_the_first_look_keeps_the_start(tiny_folder: Path, tmp_path: P
     assert summary.stopped is not None
     assert (summary.stopped.step, summary.stopped.kept_step) == (3, 1)
     assert same_weights(tmp_path / "model", tiny_folder)
+    assert summary.watched == (), "the start itself was not looked at"
+    rows = metrics(tmp_path)
+    assert (summary.last_reward, summary.effective_share) == (rows[0]["reward"], None)
 
 
 def test_a_score_that_gold_dislikes_stops_training(tiny_folder: Path, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_a_prompt_at_several_looks_counts_once() -> None:
 
 
 def test_where_gold_does_not_move_a_run_of_many_looks_rarely_rings() -> None:
-    """The score is truly up, gold truly unmoved. Of 60 runs of 25 looks 1 rang; at 95% for each look 20 did."""
+    """The score is truly up, gold truly unmoved. Of 60 runs of 25 looks none rang; at 95% for each look 20 did."""
     rng, rang = np.random.default_rng(0), 0
     for _ in range(60):
         rows: list[Look] = []
