@@ -1,8 +1,9 @@
 """Sets of examples from files: the forms that are read, what is wrong with a line, and what must not be learnt."""
 
 import json
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from training_fixture import example, prompt
@@ -13,6 +14,7 @@ from characterflywheel.records import ChatMessage, Example, SetAside
 from characterflywheel.safety.policy import SafetyPolicy
 from characterflywheel.training import sources
 from characterflywheel.training.sources import Reserved
+from tiny_model import says
 
 ASKED = {"role": "user", "content": "Tea?"}
 REPLY = {"role": "assistant", "content": "Gladly."}
@@ -136,3 +138,12 @@ def test_what_evaluates_and_who_is_set_aside_is_not_learnt() -> None:
     offered = sources.offer(SFTConfig(), [row for row, _ in rows], reserved)
     assert list(offered.examples) == [row for row, why in rows if why is None]
     assert [(lost.row.id, lost.row.reason) for lost in offered.refused] == [(row.id, why) for row, why in rows if why]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_evaluation_prompt_is_known_however_its_accents_are_encoded(form: Literal["NFC", "NFD"]) -> None:
+    """Other letters are folded as well: a sharp S is two."""
+    held = prompt(1).model_copy(update={"split": "evaluate", "messages": (says("user", "Café Ǆ ΐ, naïve \u1e9e?"),)})
+    text = unicodedata.normalize(form, "CAFÉ  ǆ ΐ, NAÏVE ss?")
+    asked = example(7, "Gladly.").model_copy(update={"messages": (says("user", text), says("assistant", "Gladly."))})
+    assert Reserved.of([held]).why(asked) == "evaluation_prompt"

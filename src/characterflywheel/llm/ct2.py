@@ -207,7 +207,7 @@ def _drop_unused(cache: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a folder for oneself, on a file system with locks. Raises OSError where it is not to wait and would have to."""
+    """Hold a folder for oneself. Raises OSError where it would have to wait and is not to."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError) if wait else nullcontext():

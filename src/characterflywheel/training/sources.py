@@ -12,6 +12,7 @@ questions and instructions with their answers.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -74,8 +75,13 @@ class Reserved(NamedTuple):
 
 
 def text_of(messages: Sequence[ChatMessage]) -> str:
-    """A conversation as one text for comparing: roles and words, case and spaces aside."""
-    return "\n".join(f"{m.role}: {' '.join(m.content.casefold().split())}" for m in messages)
+    """A conversation as one text for comparing: roles and words; case, spaces and how accents are encoded aside."""
+    return "\n".join(f"{m.role}: {' '.join(_folded(m.content).split())}" for m in messages)
+
+
+def _folded(text: str) -> str:
+    """Equal for canonical caseless matches (The Unicode Standard, definition D145)."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold())
 
 
 def offer(
