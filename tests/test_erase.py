@@ -76,6 +76,16 @@ def test_no_byte_of_the_user_is_left_anywhere(tmp_path: Path) -> None:
     assert not (space.report / "index.html").exists()  # it could not be written without a ledger
 
 
+def test_what_a_kill_left_beside_a_finished_stage_is_erased(tmp_path: Path) -> None:
+    space = made.build(tmp_path / "w", SAID)
+    finished = next(space.artifacts.glob("*/artifact.json")).parent
+    (finished / ".partial").mkdir()
+    (finished / ".partial" / "drawn-000001.jsonl").write_text(f'{{"text": "{SECRET}"}}\n', encoding="utf-8")
+    assert erase.forget(space, ANNA).proof.left == ()
+    assert not (finished / ".partial").exists()
+    assert (finished / "artifact.json").exists()
+
+
 def test_the_artifact_says_what_was_taken_out_and_stays_what_it_is(tmp_path: Path) -> None:
     space = made.build(tmp_path / "w", SAID)
     done = erase.forget(space, ANNA)

@@ -8,6 +8,7 @@ as a whole, so a kill leaves each as it was or as it should be.
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from . import lineage, proof
 from .errors import FlywheelError
 from .lineage import Ids, Rows
-from .pipeline import ArtifactRecord, sha256_of, write_atomically
+from .pipeline import PARTIAL, ArtifactRecord, sha256_of, write_atomically
 from .proof import Needles
 from .records import Record
 
@@ -55,6 +56,8 @@ def plan(root: Path, ids: Ids, sought: Needles) -> Plan:
     """
     folders = sorted(path for path in (root / "artifacts").glob("*-*") if path.is_dir())
     incomplete = {path for path in folders if not (path / "artifact.json").exists()}
+    for path in (path for path in folders if path not in incomplete):
+        shutil.rmtree(path / PARTIAL, ignore_errors=True)  # left by a kill, of no more use
     found = proof.files(root)
     read, broken = {}, set()
     for path in found:
