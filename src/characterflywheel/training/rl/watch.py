@@ -34,7 +34,8 @@ AlarmKind = Literal["kl", "entropy", "win_rate", "gold", "style"]
 
 class Alarm(Record):
     """A measure beyond its bound at a look. `low` and `high` are its interval, None where it has none; `n` counts
-    prompts, each once (entropy: steps on either side). `value` of style is the effect, with the difference's interval scaled alike.
+    prompts, each once (entropy: steps on either side). `value` of style is the effect, with the interval of the
+    difference scaled alike.
     """
 
     step: int
