@@ -221,11 +221,11 @@ class Rollout(Record):
     `step` counts from 1, which draws from the policy's start. `logprobs[t]` is the sampler's log-probability of
     `token_ids[t]`, at its temperature; `learner_logprobs` are the same of the weights that learn from it, as they were
     when the step began, None where it taught nothing (all replies to the prompt had one reward; online DPO: it was
-    neither best nor worst). `score` is the reward model's, `reward` what was learnt from: the score and the weighted
-    terms `length`, `repetition` and `style` (None where nobody measured them); `features` are the values behind
-    `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has its group's lowest reward, one
-    that is `cut_off` met `max_tokens`. `advantage` is GRPO's. `version` counts the updates behind the weights that drew
-    it, fewer than the learner had made where the sampler lagged.
+    neither best nor worst) and its step was not looked at. `score` is the reward model's, `reward` what was learnt
+    from: the score and the weighted terms `length`, `repetition` and `style` (None where nobody measured them);
+    `features` are the values behind `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has
+    its group's lowest reward, one that is `cut_off` met `max_tokens`. `advantage` is GRPO's. `version` counts the
+    updates behind the weights that drew it, fewer than the learner had made where the sampler lagged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # engines report NaN at times
