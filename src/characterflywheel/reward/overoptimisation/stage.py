@@ -30,14 +30,13 @@ from ...llm.shared_prefix import reply_logprobs
 from ...pipeline import Work, write_atomically
 from ...progress import Advance
 from ...records import Candidate, ChatMessage, Estimate, Prompt, Record, Rollout
-from .. import network
+from ...training.batching import plan
 from ..summary import no_judge
 from . import best_of_n
 from .bootstrap import NO_GOLD, At, Numbers, resampled
 from .curve import curve, nothing, said
 from .rollouts import Divergence, Group, Scores, divergence, measure
 
-TOKENS_AT_ONCE = 1536  # the learner's micro-batches, whose rounding is repeated
 PARTS = 4
 
 
@@ -119,7 +118,7 @@ def measure_overoptimisation(
     model, tokenizer = load_model(start, torch.float32, device)
     form = ChatFormat(tokenizer, rl.max_prompt_tokens)
     paths = [[(*form.prompt(judges.asked[g[0].prompt_id]), r.token_ids) for r in g] for g in groups]
-    moved = _divergences(model, rl.temperature, paths, groups, device)
+    moved = _divergences(model, rl, paths, groups, device)
     on_progress(2, PARTS)
     sampler = NativeModel(
         model.to(fast_dtype(device)), tokenizer, "start", max_prompt_tokens=rl.max_prompt_tokens, threads=threads,
@@ -233,25 +232,28 @@ def _answers(
 
 
 def _divergences(
-    model: Any, temperature: float, paths: Sequence[Sequence[TokenPath]], groups: Sequence[Sequence[Rollout]],
-    device: str,
+    model: Any, rl: RLConfig, paths: Sequence[Sequence[TokenPath]], groups: Sequence[Sequence[Rollout]], device: str
 ) -> list[list[Divergence]]:  # fmt: skip
     """How much likelier each rollout is under the policy that drew it than under its start, `model` in float32.
 
     Both are read by the same products in the same batches, so that bfloat16's rounding cancels: the first step is its
     start. Rounding otherwise differs by 0.05 nats a reply (SmolLM2-135M, 48 tokens), more than a careful step of RL.
     """
-    sizes = [sum(map(len, {segment for path in several for segment in path})) for several in paths]
     found: list[list[Divergence]] = [[] for _ in groups]
     kind = fast_dtype(device)
-    order = sorted(range(len(groups)), key=lambda i: (groups[i][0].step, groups[i][0].learner_logprobs is None))
-    for _, step in groupby(order, key=lambda i: (groups[i][0].step, groups[i][0].learner_logprobs is None)):
+
+    def read_with(i: int) -> tuple[int, bool, bool]:
+        """What the learner read apart: each step's groups that teach, and those that do not."""
+        first, *others = groups[i]
+        return first.step, first.learner_logprobs is None, all(one.reward == first.reward for one in others)
+
+    for _, step in groupby(sorted(range(len(groups)), key=read_with), key=read_with):
         members = list(step)
-        for batch in network.in_batches([sizes[i] for i in members], TOKENS_AT_ONCE):
+        for batch in plan([paths[i] for i in members], rl.micro_batch_tokens):
             together = [members[j] for j in batch]
             flat = [path for i in together for path in paths[i]]
             with torch.no_grad(), torch.autocast(device.partition(":")[0], dtype=kind, enabled=kind == torch.bfloat16):
-                start = iter(reply_logprobs(model, flat, temperature=temperature, device=device).logprobs.tolist())
+                start = iter(reply_logprobs(model, flat, temperature=rl.temperature, device=device).logprobs.tolist())
             for i in together:
                 policy = [r.learner_logprobs or r.logprobs for r in groups[i]]
                 found[i] = [divergence(logs, [next(start) for _ in logs]) for logs in policy]
