@@ -167,7 +167,7 @@ def test_nobody_held_out_is_said(tiny_folder: Path, tmp_path: Path) -> None:
     none = train(tmp_path / "a", tiny_folder, HELD.model_copy(update={"evaluation_share": 0.0}))
     one = train(tmp_path / "b", tiny_folder, HELD, EXAMPLES[:1])
     assert (none.evaluation, none.not_evaluated) == ((), "evaluation_share is 0")
-    assert (one.evaluation, one.not_evaluated) == ((), "fewer than two users")
+    assert (one.evaluation, one.not_evaluated) == ((), "no source has two users")
     assert one.kept_step == one.steps == one.planned_steps
 
 
@@ -178,7 +178,9 @@ def test_a_user_is_held_out_whole(users: list[int], share: float, seed: int) -> 
     assert Counter(e.id for e in (*split.learnt, *split.held)) == Counter(e.id for e in rows)
     assert not {e.user_id for e in split.learnt} & {e.user_id for e in split.held}
     count = len(set(users))
-    assert len({e.user_id for e in split.held}) == (max(1, round(share * count)) if share and count > 1 else 0)
+    assert len({e.user_id for e in split.held}) == (
+        min(count - 1, max(1, round(share * count))) if share and count else 0
+    )
     again = hold_out(rows[::-1], share, 256, seed)
     assert {e.id for e in again.held} == {e.id for e in split.held}
 
@@ -187,6 +189,38 @@ def test_no_more_users_are_held_out_once_they_have_enough_examples() -> None:
     """Ten users with three examples each: for at least 7 examples three users are needed, though half may be held."""
     rows = [example(3 * user + i, f"reply {i}", asked=user) for user in range(10) for i in range(3)]
     assert [len(hold_out(rows, 0.5, most, 1).held) for most in (1, 3, 4, 7, 99)] == [3, 3, 6, 9, 15]
+
+
+def test_only_what_is_learnt_from_is_held_out(tiny_folder: Path, tmp_path: Path) -> None:
+    """A source without weight, or capped at none, tells nothing of what training does; two copies are one example."""
+    rows = [example(i, f"the sea is {i}", source=("user", "internal", "rewrite")[i % 3]) for i in range(12)]
+    rows += [
+        example(20 + i, "the very same reply", asked=0).model_copy(
+            update={"prompt_id": f"p{i}", "user_id": f"same {i}"}
+        )
+        for i in range(10)
+    ]
+    config = HELD.model_copy(update={"epochs": 1, "weights": {"user": 1.0, "rewrite": 1.0}, "evaluation_share": 0.5,
+                                     "max_examples": {"rewrite": 0}})  # fmt: skip
+    summary = train(tmp_path, tiny_folder, config, rows)
+    assert [(row.source, row.examples) for row in summary.evaluation] == [("all", 2), ("user", 2)]
+    assert [(s.source, s.offered, s.drawn) for s in summary.sources] == [
+        ("internal", 4, 0), ("rewrite", 4, 0), ("user", 12, 3),
+    ]  # fmt: skip
+    assert summary.duplicates == 9
+
+
+def test_each_source_is_held_out_by_its_own_users() -> None:
+    """Six users write 20 examples each, 154 examples of a file name nobody: a tenth is one user, and 15 of the file."""
+    rows = [example(i, f"r{i}", asked=i % 6) for i in range(120)]
+    rows += [example(200 + i, f"f{i}", source="safety").model_copy(update={"user_id": None}) for i in range(154)]
+    assert Counter(e.source for e in hold_out(rows, 0.1, 256, 3).held) == {"user": 20, "safety": 15}
+    assert Counter(e.source for e in hold_out(rows, 0.9, 60, 3).held) == {"user": 40, "safety": 21}
+
+
+def test_one_user_stays_to_learn_from() -> None:
+    split = hold_out(EXAMPLES[:2], 0.8, 256, 1)
+    assert (len(split.learnt), len(split.held)) == (1, 1)
 
 
 def test_all_replies_of_a_conversation_are_learnt_where_asked(tiny_folder: Path, tmp_path: Path) -> None:

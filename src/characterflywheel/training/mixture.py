@@ -138,11 +138,11 @@ def mix(
     """
     if max_token_share and tokens is None:
         raise FlywheelError(f"max_token_share = {dict(max_token_share)} needs a count of tokens: give `tokens`.")
-    sifted = _sift(examples, near)
+    sifted = distinct_of(examples, near)
     distinct: dict[ExampleSource, list[Example]] = {}
     for example in sifted.kept:
         distinct.setdefault(example.source, []).append(example)
-    size = {e.id: tokens(e) for e in sifted.kept if weights.get(e.source, 0.0) > 0} if tokens else {}
+    size = {e.id: tokens(e) for e in sifted.kept if draws(e.source, weights, max_examples or {})} if tokens else {}
     queues = {source: _Queue(rows, derive_seed(seed, source)) for source, rows in sorted(distinct.items())}
     drawn: list[Example] = []
     rows: list[MixtureRow] = []
@@ -166,12 +166,14 @@ def mix(
     return Mixture(examples=tuple(drawn), sources=shares, dropped=tuple(one.row for one in lost), rows=tuple(rows))
 
 
-class _Sifted(NamedTuple):
+class Sifted(NamedTuple):
+    """Distinct examples by id, and those that were there before."""
+
     kept: list[Example]
     lost: list[Lost]
 
 
-def _sift(examples: Sequence[Example], near: float | None) -> _Sifted:
+def distinct_of(examples: Sequence[Example], near: float | None) -> Sifted:
     """Examples by id without those that are there twice, or nearly; the first by id is kept."""
     kept: list[Example] = []
     lost: list[Lost] = []
@@ -190,12 +192,12 @@ def _sift(examples: Sequence[Example], near: float | None) -> _Sifted:
         seen |= dict.fromkeys(keys, example.id)
         kept.append(example)
     if near is None:
-        return _Sifted(kept, lost)
+        return Sifted(kept, lost)
     twins = near_duplicates([_exchange(example) for example in kept], near)
     for example, twin_place in zip(kept, twins, strict=True):
         if twin_place is not None:
             drop(example, "near_duplicate", f"of {kept[twin_place].id}")
-    return _Sifted([e for e, twin in zip(kept, twins, strict=True) if twin is None], lost)
+    return Sifted([e for e, twin in zip(kept, twins, strict=True) if twin is None], lost)
 
 
 def _exchange(example: Example) -> Exchange:
@@ -220,6 +222,11 @@ class _Queue:
         taken = self.ahead(count)
         self._at += count
         return taken
+
+
+def draws(source: ExampleSource, weights: Mapping[ExampleSource, float], most: Mapping[ExampleSource, int]) -> bool:
+    """Whether a mixture with these weights and caps learns from a source at all."""
+    return weights.get(source, 0.0) > 0 and most.get(source) != 0
 
 
 def _times(distinct: int, weight: float, most: int | None) -> int:

@@ -4,7 +4,6 @@ A share of users is held out, and the loss on their examples is measured before,
 falls, training can stop early and go back to the best weights.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -21,12 +20,12 @@ from ..ids import derive_seed
 from ..llm.shared_prefix import reply_logprobs
 from ..pipeline import Work
 from ..progress import Advance
-from ..records import Estimate, Example, Record
+from ..records import Estimate, Example, ExampleSource, Record
 from ..safety.policy import SafetyPolicy
 from . import losses, sources
 from .batching import plan, share_prefixes
 from .learner import Learner, save_atomically, write_metrics
-from .mixture import SourceShare, blend, write
+from .mixture import SourceShare, blend, distinct_of, draws, write
 from .parallel import Parallel
 from .paths import Lesson, of_examples, open_format
 from .sources import Reserved
@@ -86,12 +85,15 @@ def train_sft(
     """
     parallel = parallel or Parallel.alone()
     offered = sources.offer(config, examples, reserved, safety)
-    split = hold_out(offered.examples, config.evaluation_share, config.evaluation_examples, work.seed)
-    form = open_format(parent, config.max_prompt_tokens)
-    seen = of_examples(form, [*split.learnt, *split.held], config.learn, config.max_reply_tokens)
+    distinct = distinct_of(offered.examples, config.near_duplicates)
+    drawn = [e for e in distinct.kept if draws(e.source, config.weights, config.max_examples)]
+    idle = [e for e in distinct.kept if not draws(e.source, config.weights, config.max_examples)]
+    split = hold_out(drawn, config.evaluation_share, config.evaluation_examples, work.seed)
+    seen = of_examples(open_format(parent, config.max_prompt_tokens), drawn, config.learn, config.max_reply_tokens)
     mixture = blend(
-        config, [e for e in split.learnt if e.id in seen.lessons], work.seed, refused=offered.refused,
-        tokens=lambda example: seen.lessons[example.id].tokens,
+        config.model_copy(update={"near_duplicates": None}),  # they are gone
+        [e for e in split.learnt if e.id in seen.lessons] + idle, work.seed,
+        refused=[*offered.refused, *distinct.lost], tokens=lambda example: seen.lessons[example.id].tokens,
     )  # fmt: skip
     if not mixture.examples:
         dropped = Counter(row.reason for row in (*mixture.dropped, *seen.dropped))
@@ -170,17 +172,33 @@ class Split(NamedTuple):
 
 
 def hold_out(examples: Sequence[Example], share: float, most: int, seed: int) -> Split:
-    """Set `share` of the users aside, drawn by the seed, but none more once they have `most` examples; at least one.
+    """Set `share` of each source's users aside, drawn by the seed: at least one, and at least one stays to learn from.
 
-    Who wrote an example that names no user counts as another user each. Of a reply that is held out twice, one stays.
+    A user is the source's that most of their examples are of, and is held out with all of them; who wrote an example
+    that names no user counts as another user each. Users are taken from the source with the fewest examples held out
+    so far, and none more once there are `most` examples, so that no source crowds out the others. `examples` are
+    distinct: what is learnt must not be held out under another name.
     """
-    owned = Counter(_who(e) for e in examples)
-    users = sorted(owned, key=lambda who: (derive_seed(seed, "held out", who), who))
-    wanted = users[: max(1, round(share * len(users)))] if share and len(users) > 1 else []
-    held_before = itertools.accumulate((owned[who] for who in wanted), initial=0)
-    aside = {who for who, count in zip(wanted, held_before, strict=False) if count < most}
-    held = {(e.prompt_id, e.messages[-1].content): e for e in sorted(examples, key=lambda e: e.id) if _who(e) in aside}
-    return Split([e for e in examples if _who(e) not in aside], list(held.values()))
+    owned: dict[str, list[Example]] = {}
+    for example in sorted(examples, key=lambda e: e.id):
+        owned.setdefault(_who(example), []).append(example)
+    users: dict[ExampleSource, list[str]] = {}
+    for who in sorted(owned, key=lambda who: (derive_seed(seed, "held out", who), who)):
+        of = Counter(e.source for e in owned[who])
+        users.setdefault(min(of, key=lambda source: (-of[source], source)), []).append(who)
+    wanted = {
+        source: theirs[: min(len(theirs) - 1, max(1, round(share * len(theirs)))) if share else 0]
+        for source, theirs in sorted(users.items())
+    }
+    held: dict[str, list[Example]] = {}
+    counts = Counter[ExampleSource]()
+    while counts.total() < most and (left := [source for source, theirs in wanted.items() if theirs]):
+        source = min(left, key=lambda source: counts[source])
+        who = wanted[source].pop(0)
+        held[who] = owned[who]
+        counts[source] += len(owned[who])
+    aside = sorted((e for theirs in held.values() for e in theirs), key=lambda e: e.id)
+    return Split([e for e in examples if _who(e) not in held], aside)
 
 
 def _who(example: Example) -> str:
@@ -190,7 +208,7 @@ def _who(example: Example) -> str:
 def _why_not(share: float, split: Split) -> str:
     if not share:
         return "evaluation_share is 0"
-    return f"no example of {len(split.held)} held out fits the window" if split.held else "fewer than two users"
+    return f"no example of {len(split.held)} held out fits the window" if split.held else "no source has two users"
 
 
 class HeldOut:
