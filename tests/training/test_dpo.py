@@ -235,6 +235,15 @@ def test_what_does_not_fit_is_dropped_by_name_and_cut_replies_are_counted(tiny_f
     assert [row.id for row in tables.read(tmp_path / "dropped.parquet", Dropped)] == ["pair-09"]
 
 
+def test_what_is_beyond_the_model_s_context_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    long = pair(9, "tea", "rain").model_copy(update={"prompt": (SYSTEM, says("user", "the sea " * 400))})
+    config = CONFIG.model_copy(update={"max_prompt_tokens": 4096, "pairs": 5})
+    with pytest.raises(
+        FlywheelError, match=r"has \d{3,4} tokens, must be <= 512, .* lower dpo.max_prompt_tokens or dpo"
+    ):
+        train(tmp_path, tiny_folder, config, [*PAIRS, long])
+
+
 def test_a_loss_that_explodes_stops_the_run(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FlywheelError, match=r"step 1 of 1: loss is 0.6931, at most 0.5 is allowed"):
         train(tmp_path, tiny_folder, CONFIG.model_copy(update={"max_loss": 0.5}))

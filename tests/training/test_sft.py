@@ -21,7 +21,7 @@ from characterflywheel.training import learner
 from characterflywheel.training.learner import Learner
 from characterflywheel.training.paths import of_examples
 from characterflywheel.training.sft import TrainingSummary, accumulate, hold_out, train_sft
-from tiny_model import SYSTEM, says, tiny_tokenizer
+from tiny_model import SYSTEM, asks, says, tiny_tokenizer
 
 REPLIES = ("the sea is cold.", "tea, and stars!", "no", "ask me tomorrow")
 EXAMPLES = [example(i, text) for i, text in enumerate(REPLIES)]
@@ -263,6 +263,17 @@ def test_what_does_not_fit_is_dropped_by_name_and_cut_replies_are_counted(tiny_f
     assert (summary.too_long, summary.duplicates, summary.examples) == (1, 1, 4)
     assert summary.cut_replies == sum(len(tiny_tokenizer()(text)["input_ids"]) + 1 > 4 for text in REPLIES)
     assert summary.trained_tokens == sum(min(4, len(tiny_tokenizer()(text)["input_ids"]) + 1) for text in REPLIES)
+
+
+def test_what_is_beyond_the_model_s_context_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    """The tiny model has 512 positions. A bound above them is none where what is learnt is short."""
+    long = example(20, "").model_copy(update={"messages": (*asks("the sea " * 400), says("assistant", "tea"))})
+    config = SFTConfig(evaluation_share=0, epochs=1, max_prompt_tokens=4096, micro_batch_tokens=5000)
+    with pytest.raises(
+        FlywheelError, match=r"has \d{3,4} tokens, must be <= 512, .* lower sft.max_prompt_tokens or sft"
+    ):
+        train(tmp_path, tiny_folder, config, [long, *EXAMPLES])
+    assert train(tmp_path, tiny_folder, config).steps == 1
 
 
 def test_adapters_learn_too(tiny_folder: Path, tmp_path: Path) -> None:

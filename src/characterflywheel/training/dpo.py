@@ -26,7 +26,7 @@ from . import losses
 from .batching import plan, share_prefixes
 from .learner import CHECKPOINT_SECONDS, Learner, reply_sums, save_atomically, write_metrics
 from .parallel import Parallel
-from .paths import Tokenised, of_pairs, open_format
+from .paths import Tokenised, check_room, of_pairs, open_format
 
 
 class DPOSummary(Record):
@@ -67,7 +67,7 @@ def train_dpo(
     Writes `model/`, `metrics.jsonl` and `dropped.parquet` (Dropped).
 
     Raises:
-        FlywheelError: no pair to learn from, or the loss diverged.
+        FlywheelError: no pair to learn from, a pair is beyond the model's context, or the loss diverged.
     """
     form = open_format(parent, config.max_prompt_tokens)
     seen = of_pairs(form, [p for p in preferences if p.label > 0.5], config.max_reply_tokens)
@@ -76,6 +76,7 @@ def train_dpo(
     held = choose_pairs([p for p in usable if p.held_out], config.evaluation_pairs, work.seed)
     if not pairs:
         raise FlywheelError(f"none of {len(preferences)} preference pairs is for training: annotate more prompts.")
+    check_room(parent, "dpo", (seen.lessons[pair.id] for pair in (*pairs, *held)))
     size = config.pairs_per_step
     batches = [_batch(pairs[i : i + size], seen, config) for i in range(0, len(pairs), size)]
     evaluation = _batch(held, seen, config)

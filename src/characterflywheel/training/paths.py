@@ -5,7 +5,7 @@ be shown even then is dropped and named. Replies longer than the bound are learn
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,11 @@ class Lesson(NamedTuple):
     @property
     def paths(self) -> list[Path]:
         return [tuple(tuple(segment) for segment in path) for path in self.packed]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest path."""
+        return max(sum(map(len, path)) for path in self.packed)
 
     @property
     def tokens(self) -> int:
@@ -94,6 +99,24 @@ def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: in
         replies = [_reply(form, side[-1], max_reply_tokens) for side in (pair.chosen, pair.rejected)]
         lessons[pair.id] = _lesson([(*prompt, reply) for reply, _ in replies], sum(cut for _, cut in replies))
     return Tokenised(lessons, tuple(dropped))
+
+
+def check_room(folder: FilePath, section: Literal["sft", "dpo"], lessons: Iterable[Lesson]) -> None:
+    """Make sure that the model of this folder has a position for every token that it is to learn from.
+
+    What counts is how long the lessons are, not the bounds, which are often far above them.
+
+    Raises:
+        FlywheelError: a prompt with its reply is longer than the model's context.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415 - takes seconds
+
+    room = AutoConfig.from_pretrained(folder).max_position_embeddings
+    if (longest := max((lesson.longest for lesson in lessons), default=0)) > room:
+        raise FlywheelError(
+            f"{section}: a prompt with its reply has {longest} tokens, must be <= {room}, the model's longest context: "
+            f"lower {section}.max_prompt_tokens or {section}.max_reply_tokens to at most {room} together."
+        )
 
 
 def in_window(form: ChatFormat, messages: Sequence[ChatMessage]) -> tuple[Segment, Segment] | str:

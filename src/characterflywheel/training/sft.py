@@ -27,7 +27,7 @@ from .batching import plan, share_prefixes
 from .learner import Learner, save_atomically, write_metrics
 from .mixture import SourceShare, blend, distinct_of, draws, write
 from .parallel import Parallel
-from .paths import Lesson, of_examples, open_format
+from .paths import Lesson, check_room, of_examples, open_format
 from .sources import Reserved
 
 
@@ -81,7 +81,7 @@ def train_sft(
     `model/`, `metrics.jsonl`, and what the model is trained on (`mixture.write`).
 
     Raises:
-        FlywheelError: nothing is left to learn from, or the loss diverged.
+        FlywheelError: nothing is left to learn from, an example is beyond the model's context, or the loss diverged.
     """
     parallel = parallel or Parallel.alone()
     offered = sources.offer(config, examples, reserved, safety)
@@ -90,6 +90,7 @@ def train_sft(
     idle = [e for e in distinct.kept if not draws(e.source, config.weights, config.max_examples)]
     split = hold_out(drawn, config.evaluation_share, config.evaluation_examples, work.seed)
     seen = of_examples(open_format(parent, config.max_prompt_tokens), drawn, config.learn, config.max_reply_tokens)
+    check_room(parent, "sft", seen.lessons.values())
     mixture = blend(
         config.model_copy(update={"near_duplicates": None}),  # they are gone
         [e for e in split.learnt if e.id in seen.lessons] + idle, work.seed,
