@@ -15,6 +15,7 @@ from characterflywheel.llm.shared_prefix import reply_logprobs
 from characterflywheel.training import learner as learning
 from characterflywheel.training.learner import Learner, reply_sums, write_metrics
 from characterflywheel.training.losses import per_reply
+from characterflywheel.training.parallel import Parallel
 from tiny_model import asks
 
 STEPS = 6
@@ -225,6 +226,21 @@ def test_a_checkpoint_holds_what_is_trained_and_resumes_to_the_same_bits(
     assert resumed.evaluations == whole.evaluations
     assert (whole.return_to_best(), resumed.return_to_best()) == (2, 2)
     assert changed(state(whole), state(resumed)) == set()
+
+
+def test_a_checkpoint_of_another_sharding_is_told(tiny_folder: Path, tmp_path: Path) -> None:
+    """As it was begun: one process's file read by sharded ones, and what sharded ones leave in it read by one."""
+    mine = learner(tiny_folder, tmp_path)
+    mine.save_checkpoint()
+    mine.parallel = Parallel(rank=0, world=2, local=2, sharding="full")
+    with pytest.raises(FlywheelError, match=r"learner.pt was begun with weights whole in every process, .*split over"):
+        mine._resume()
+    kept = torch.load(tmp_path / "learner.pt", weights_only=True)
+    torch.save({k: v for k, v in kept.items() if k not in ("parameters", "optimiser")}, tmp_path / "learner.pt")
+    with pytest.raises(
+        FlywheelError, match=r"was begun with weights split over processes, .*1 processes\): set it back"
+    ):
+        learner(tiny_folder, tmp_path)
 
 
 def test_the_best_weights_come_back(tiny_folder: Path) -> None:

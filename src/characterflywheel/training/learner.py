@@ -36,7 +36,8 @@ class Learner:
 
     `lora_rank`: train adapters of this rank instead of the weights; `train_layers`: of the last so many layers only.
     `partial`: where checkpoints are kept; without it there are none. `max_loss`: the loss beyond which training has
-    diverged.
+    diverged. Raises FlywheelError where a checkpoint's weights are split over processes and this learner's are not, or
+    the other way round.
     """
 
     def __init__(
@@ -211,6 +212,13 @@ class Learner:
     def _resume(self) -> None:
         assert self._checkpoint is not None
         state = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+        if (split := "parameters" not in state) != self.parallel.sharded:
+            how = {True: "split over processes", False: "whole in every process"}
+            raise FlywheelError(
+                f"{self._checkpoint} was begun with weights {how[split]}, but [parallel] now says {how[not split]} "
+                f"(sharding == {self.parallel.sharding!r}, {self.parallel.world} processes): set it back, or remove "
+                f"{self._checkpoint.parent} to begin anew."
+            )
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.log, self.evaluations = state["step"], state["log"], state["evaluations"]
         if self.parallel.sharded:
