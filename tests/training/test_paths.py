@@ -44,6 +44,16 @@ def test_all_turns_that_answer_a_user_are_learnt_in_one_pass() -> None:
     assert lesson.tokens == sum(len(FORM.reply(f"tea {i}")) for i in range(3))
 
 
+def test_a_turn_of_several_examples_is_learnt_once() -> None:
+    """Three examples of one conversation, after its 2nd, 3rd and 4th turn, whatever the order."""
+    talk = turns(4, "tea")
+    rows = [conversation(*talk[: 2 * count], number=count) for count in (4, 2, 3)]
+    seen = of_examples(FORM, rows, "all", 99)
+    said = {name: [FORM.decode(path[-1]) for path in lesson.paths] for name, lesson in seen.lessons.items()}
+    assert said == {"example-04": ["tea 0", "tea 3"], "example-02": ["tea 1"], "example-03": ["tea 2"]}
+    assert seen.dropped == ()
+
+
 def test_a_long_history_loses_its_oldest_turns_and_keeps_its_system_prompt() -> None:
     row = conversation(*turns(12))
     (lesson,) = of_examples(FORM, [row], "last", 99).lessons.values()

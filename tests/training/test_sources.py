@@ -121,6 +121,23 @@ def test_a_reply_in_a_file_that_safety_refuses_is_not_learnt(tmp_path: Path) -> 
     assert (lost.source, lost.row.reason, lost.row.detail) == ("adhoc", "unsafe", "harm")
 
 
+def test_where_all_replies_are_learnt_safety_is_asked_of_each(tmp_path: Path) -> None:
+    """In a file and in our own history; where the last alone is learnt, what came before is only read."""
+    bad = {"messages": [ASKED, {"role": "assistant", "content": "With poison in it."}, ASKED, REPLY]}
+    path = written(tmp_path / "mine.jsonl", bad)
+    ours = example(1, "Gladly.")
+    asked, reply = ours.messages[-2:]
+    ours = ours.model_copy(update={"messages": (asked, ChatMessage(role="assistant", content="poison"), asked, reply)})
+    config = SFTConfig(extra=(ExtraSource(source="adhoc", file=str(path)),), weights={"adhoc": 1.0})
+    safety = SafetyPolicy(classifiers=(lambda text, context: ("harm",) if "poison" in text else (),))
+    assert len(sources.offer(config, [ours], safety=safety).examples) == 2
+    every = sources.offer(config.model_copy(update={"learn": "all"}), [ours], safety=safety)
+    assert every.examples == ()
+    assert [(lost.source, lost.row.reason, lost.row.detail) for lost in every.refused] == [
+        ("user", "unsafe", "message 1: harm"), ("adhoc", "unsafe", "message 1: harm"),
+    ]  # fmt: skip
+
+
 def test_what_evaluates_and_who_is_set_aside_is_not_learnt() -> None:
     """By the prompt's id, by its text (another id, other case and spaces), by its user, and by who was set aside."""
     held = [prompt(1, "evaluate"), prompt(2, "experiment"), prompt(3, "train"), prompt(4, "annotate")]

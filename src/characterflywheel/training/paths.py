@@ -62,30 +62,49 @@ def of_examples(form: ChatFormat, examples: Sequence[Example], learn: Learn, max
     """The last reply of every example, or with "all" each assistant message that answers a user.
 
     A turn whose own message does not fit the window under its system prompt is dropped, and with "last" its example.
+    An earlier turn that is the last of another example, or is in several of one conversation, is learnt once.
     """
-    lessons, dropped = {}, []
+    shown: list[tuple[list[_Turn], _Turn | None]] = []
+    dropped = []
     for example in examples:
-        last = len(example.messages) - 1
-        turns = range(1, last + 1) if learn == "all" else (last,)
-        paths, cut = [], 0
-        for turn in turns:
-            if learn == "all" and (example.messages[turn].role, example.messages[turn - 1].role) != (
-                "assistant",
-                "user",
-            ):
-                continue
-            prompt = in_window(form, example.messages[:turn])
-            if isinstance(prompt, str):
-                dropped.append(_dropped(example, "sft", f"message {turn}: {prompt}"))
-                continue
-            reply, was_cut = _reply(form, example.messages[turn], max_reply_tokens)
-            paths.append((*prompt, reply))
-            cut += was_cut
-        if paths:
-            lessons[example.id] = _lesson(paths, cut)
-        elif not dropped or dropped[-1].id != example.id:
+        numbers = learnt_turns(example.messages, learn)
+        if not numbers:
             dropped.append(Dropped(id=example.id, stage="sft", reason="no_reply", prompt_id=example.prompt_id))
+        turns: list[_Turn | None] = []
+        for number in numbers:
+            prompt = in_window(form, example.messages[:number])
+            if isinstance(prompt, str):
+                dropped.append(_dropped(example, "sft", f"message {number}: {prompt}"))
+                turns.append(None)
+                continue
+            reply, cut = _reply(form, example.messages[number], max_reply_tokens)
+            turns.append(_Turn(_packed((*prompt, reply)), cut))
+        shown.append(([turn for turn in turns[:-1] if turn], turns[-1] if turns else None))
+    taken = {last.key for _, last in shown if last} if learn == "all" else set()
+    lessons = {}
+    for example, (earlier, last) in zip(examples, shown, strict=True):
+        new = {turn.key: turn for turn in earlier if turn.key not in taken}
+        taken |= new.keys()
+        if mine := [*new.values(), *((last,) if last else ())]:
+            lessons[example.id] = Lesson(tuple(turn.packed for turn in mine), sum(turn.cut for turn in mine))
     return Tokenised(lessons, tuple(dropped))
+
+
+def learnt_turns(messages: Sequence[ChatMessage], learn: Learn) -> list[int]:
+    """The places of the replies to learn: of the last message, or of each of the assistant's that answers a user."""
+    if learn == "last":
+        return [len(messages) - 1]
+    roles = [message.role for message in messages]
+    return [i for i in range(1, len(roles)) if (roles[i - 1], roles[i]) == ("user", "assistant")]
+
+
+class _Turn(NamedTuple):
+    packed: Packed
+    cut: bool
+
+    @property
+    def key(self) -> tuple[bytes, ...]:
+        return tuple(segment.tobytes() for segment in self.packed)
 
 
 def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: int) -> Tokenised:
@@ -97,7 +116,9 @@ def of_pairs(form: ChatFormat, pairs: Sequence[Preference], max_reply_tokens: in
             dropped.append(_dropped(pair, "dpo", prompt))
             continue
         replies = [_reply(form, side[-1], max_reply_tokens) for side in (pair.chosen, pair.rejected)]
-        lessons[pair.id] = _lesson([(*prompt, reply) for reply, _ in replies], sum(cut for _, cut in replies))
+        lessons[pair.id] = Lesson(
+            tuple(_packed((*prompt, reply)) for reply, _ in replies), sum(cut for _, cut in replies)
+        )
     return Tokenised(lessons, tuple(dropped))
 
 
@@ -139,5 +160,5 @@ def _dropped(row: Example | Preference, stage: str, detail: str) -> Dropped:
     return Dropped(id=row.id, stage=stage, reason="longer_than_window", detail=detail, prompt_id=row.prompt_id)
 
 
-def _lesson(paths: Sequence[Path], cut: int) -> Lesson:
-    return Lesson(tuple(tuple(array("i", segment) for segment in path) for path in paths), cut)
+def _packed(path: Path) -> Packed:
+    return tuple(array("i", segment) for segment in path)

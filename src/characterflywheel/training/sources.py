@@ -23,6 +23,7 @@ from ..ids import derive_id
 from ..pipeline import sha256_of
 from ..records import ChatMessage, Dropped, Example, ExampleSource, Prompt, Role, SetAside
 from ..safety.policy import SafetyPolicy
+from .paths import learnt_turns
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 _REPLIES = ("chosen", "completion")
@@ -90,7 +91,8 @@ def offer(
 ) -> Offered:  # fmt: skip
     """These examples and those of the files whose source has a weight, less what must not be learnt.
 
-    That is what `reserved` names, and replies in files that safety refuses (ours were judged when they were selected).
+    That is what `reserved` names, and examples with a reply to learn that safety refuses: any reply in files, and the
+    earlier ones of ours where all are learnt (their last was judged when it was selected).
 
     Raises:
         FlywheelError: a file is missing, or lines of it are no examples: the first five are named.
@@ -102,13 +104,23 @@ def offer(
         if why := reserved.why(example):
             refused.append(Lost.of(example, why))
             continue
-        if number >= len(examples):
-            verdict = safety.check_answer(example.messages[:-1], example.messages[-1].content)
-            if not verdict.allowed:
-                refused.append(Lost.of(example, "unsafe", ", ".join(verdict.categories)))
-                continue
+        own_last = len(example.messages) - 1 if number < len(examples) else None
+        turns = [turn for turn in learnt_turns(example.messages, config.learn) if turn != own_last]
+        if detail := _unsafe(safety, example, turns):
+            refused.append(Lost.of(example, "unsafe", detail))
+            continue
         kept.append(example)
     return Offered(tuple(kept), tuple(refused))
+
+
+def _unsafe(safety: SafetyPolicy, example: Example, turns: Sequence[int]) -> str | None:
+    """What safety has against the first of these replies that it refuses; an earlier one is named by its place."""
+    for turn in turns:
+        verdict = safety.check_answer(example.messages[:turn], example.messages[turn].content)
+        if not verdict.allowed:
+            place = "" if turn == len(example.messages) - 1 else f"message {turn}: "
+            return place + ", ".join(verdict.categories)
+    return None
 
 
 def settings(config: SFTConfig) -> SFTConfig:
