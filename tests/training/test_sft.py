@@ -205,7 +205,7 @@ def test_only_what_is_learnt_from_is_held_out(tiny_folder: Path, tmp_path: Path)
     summary = train(tmp_path, tiny_folder, config, rows)
     assert [(row.source, row.examples) for row in summary.evaluation] == [("all", 2), ("user", 2)]
     assert [(s.source, s.offered, s.drawn) for s in summary.sources] == [
-        ("internal", 4, 0), ("rewrite", 4, 0), ("user", 12, 3),
+        ("internal", 4, 0), ("rewrite", 4, 0), ("user", 14, 3),
     ]  # fmt: skip
     assert summary.duplicates == 9
 
@@ -274,6 +274,29 @@ def test_what_is_beyond_the_model_s_context_is_told(tiny_folder: Path, tmp_path:
     ):
         train(tmp_path, tiny_folder, config, [long, *EXAMPLES])
     assert train(tmp_path, tiny_folder, config).steps == 1
+
+
+def test_every_example_offered_is_drawn_or_says_why_not(tiny_folder: Path, tmp_path: Path) -> None:
+    """12 examples, 3 held out, one too long, one that answers nobody; an erasure finds those held out by their id.
+
+    Replies of those held out are cut too, but were not learnt. Two turns of one example are too long: one example.
+    """
+    ask, far = says("user", "why?"), says("user", "the sea " * 99)
+    talk = (SYSTEM, ask, says("assistant", "so"), far, says("assistant", "no"), far, says("assistant", "hm"))
+    rows = [example(i, f"the sea is {i} and cold", source="user") for i in range(12)]
+    rows += [rows[0].model_copy(update={"id": "long", "user_id": "u0", "prompt_id": "p", "messages": talk[-2:]}),
+             rows[0].model_copy(update={"id": "mixed", "prompt_id": "q", "messages": talk}),
+             rows[0].model_copy(update={"id": "none", "prompt_id": "r", "messages": talk[1:3][::-1]})]  # fmt: skip
+    config = HELD.model_copy(update={"epochs": 1, "learn": "all", "max_reply_tokens": 4, "evaluation_share": 0.25})
+    held = {e.id for e in hold_out(rows, 0.25, 256, 3).held}
+    summary = train(tmp_path, tiny_folder, config, rows)
+    (share,) = summary.sources
+    dropped = tables.read(tmp_path / "dropped.parquet", Dropped)
+    assert (share.offered, share.dropped) == (15, {"held_out": 3, "longer_than_window": 1, "no_reply": 1})
+    assert share.drawn == 15 - 5
+    assert {row.id for row in dropped if row.reason == "held_out"} == held
+    assert [row.id for row in dropped if row.reason == "longer_than_window"] == ["long", "mixed", "mixed"]
+    assert (summary.too_long, summary.cut_replies) == (2, 9)
 
 
 def test_adapters_learn_too(tiny_folder: Path, tmp_path: Path) -> None:

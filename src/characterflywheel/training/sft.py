@@ -28,7 +28,7 @@ from .learner import Learner, save_atomically, write_metrics
 from .mixture import SourceShare, blend, distinct_of, draws, write
 from .parallel import Parallel
 from .paths import Lesson, check_room, of_examples, open_format
-from .sources import Reserved
+from .sources import Lost, Reserved
 
 
 class SourceLoss(Record):
@@ -45,7 +45,8 @@ class TrainingSummary(Record):
 
     `steps` were taken of `planned_steps`; the weights are those after `kept_step`, which is earlier after an early
     stop. `evaluation` is of all sources together ("all") and of each; without it, `not_evaluated` says why.
-    `cut_replies` were longer than `max_reply_tokens` and learnt up to it; `too_long` turns did not fit the window.
+    `cut_replies` of the examples that were drawn were longer than `max_reply_tokens` and learnt up to it; of
+    `too_long` examples, learnt or held out, a turn did not fit the window.
     """
 
     steps: int
@@ -91,13 +92,17 @@ def train_sft(
     split = hold_out(drawn, config.evaluation_share, config.evaluation_examples, work.seed)
     seen = of_examples(open_format(parent, config.max_prompt_tokens), drawn, config.learn, config.max_reply_tokens)
     check_room(parent, "sft", seen.lessons.values())
+    unread = {row.id: row for row in reversed(seen.dropped) if row.id not in seen.lessons}
+    refused = [*offered.refused, *distinct.lost, *(Lost(e.source, unread[e.id]) for e in drawn if e.id in unread)]
+    refused += [Lost.of(e, "held_out") for e in split.held if e.id not in unread]
     mixture = blend(
         config.model_copy(update={"near_duplicates": None}),  # they are gone
-        [e for e in split.learnt if e.id in seen.lessons] + idle, work.seed,
-        refused=[*offered.refused, *distinct.lost], tokens=lambda example: seen.lessons[example.id].tokens,
+        [e for e in split.learnt if e.id in seen.lessons] + idle, work.seed, refused=refused,
+        tokens=lambda example: seen.lessons[example.id].tokens,
     )  # fmt: skip
+    also = [row for row in seen.dropped if row is not unread.get(row.id)]
     if not mixture.examples:
-        dropped = Counter(row.reason for row in (*mixture.dropped, *seen.dropped))
+        dropped = Counter(row.reason for row in (*mixture.dropped, *also))
         raise FlywheelError(
             f"no example to learn from: {len(examples)} offered, dropped {dict(dropped)}, weights "
             f"{dict(config.weights)}: lower what is held out or reserved, or give sources a weight."
@@ -121,7 +126,7 @@ def train_sft(
     learner.save(work.folder / "model")
     write_metrics(work.folder, learner)
     if parallel.main:
-        write(work.folder, config, work.seed, mixture, seen.dropped)
+        write(work.folder, config, work.seed, mixture, also)
     steps = [row["loss"] for row in learner.log]
     edge = max(1, math.ceil(len(steps) / 5))
     twice = sum(row.reason in ("duplicate", "near_duplicate") for row in mixture.dropped)
@@ -131,7 +136,8 @@ def train_sft(
         first_loss=sum(steps[:edge]) / edge, last_loss=sum(steps[-edge:]) / edge, sources=mixture.sources,
         duplicates=twice, evaluation=held.compare(before, after),
         not_evaluated=None if held.examples else _why_not(config.evaluation_share, split),
-        cut_replies=seen.cut, too_long=len(seen.dropped),
+        cut_replies=sum(seen.lessons[name].cut for name in {e.id for e in mixture.examples}),
+        too_long=len({row.id for row in seen.dropped if row.reason == "longer_than_window"}),
     )  # fmt: skip
 
 
