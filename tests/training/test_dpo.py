@@ -235,6 +235,16 @@ def test_what_does_not_fit_is_dropped_by_name_and_cut_replies_are_counted(tiny_f
     assert [row.id for row in tables.read(tmp_path / "dropped.parquet", Dropped)] == ["pair-09"]
 
 
+def test_every_pair_is_learnt_measured_or_counted(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [*PAIRS, pair(8, "tea", "rain", label=0.5), pair(9, "tea", "rain", label=0.5, held_out=True)]
+    rows += [pair(10 + i, f"tea {i}", "rain", held_out=True) for i in range(3)]
+    rows += [pair(20, "tea", "rain").model_copy(update={"prompt": (SYSTEM, says("user", "the sea " * 99))})]
+    config = CONFIG.model_copy(update={"pairs": 3, "evaluation_pairs": 1})
+    summary = train(tmp_path, tiny_folder, config, rows)
+    assert (summary.pairs, summary.evaluated, summary.ties, summary.too_long) == (3, 1, 2, 1)
+    assert summary.left_over == len(PAIRS) - 3 + 2
+
+
 def test_what_is_beyond_the_model_s_context_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     long = pair(9, "tea", "rain").model_copy(update={"prompt": (SYSTEM, says("user", "the sea " * 400))})
     config = CONFIG.model_copy(update={"max_prompt_tokens": 4096, "pairs": 5})

@@ -35,6 +35,8 @@ class DPOSummary(Record):
     `evaluation_accuracy` (a tie is one half) and `evaluation_margin` (beta times the difference of log ratios) are of
     held-out pairs after training, with intervals by user; the margin before it is 0 by construction. `cut_replies`
     were longer than `max_reply_tokens` and read up to it; the prompts of `too_long` pairs did not fit the window.
+    `ties` prefer neither reply; `left_over` pairs were beyond `config.pairs`, or held out beyond `evaluation_pairs`.
+    Pairs learnt, held out and measured (`evaluated`), and these add up to what was given.
     """
 
     steps: int
@@ -47,6 +49,9 @@ class DPOSummary(Record):
     evaluation_margin: Estimate = Estimate(value=None, n=0, reason="not measured")
     cut_replies: int = 0
     too_long: int = 0
+    evaluated: int = 0
+    ties: int = 0
+    left_over: int = 0
 
     def line(self) -> str:
         said = (
@@ -107,6 +112,8 @@ def train_dpo(
         steps=len(batches), pairs=len(pairs), trained_tokens=int(sum(r["tokens"] for r in learner.log)),
         first_loss=first["loss"], last_loss=last["loss"], last_accuracy=last["accuracy"],
         cut_replies=sum(seen.lessons[name].cut for name in chosen), too_long=len(seen.dropped),
+        evaluated=len(held), ties=sum(p.label <= 0.5 for p in preferences),
+        left_over=len(usable) - len(pairs) - len(held),
         evaluation_accuracy=intervals.share((margins.sign() / 2 + 0.5).numpy(), users) if held else none,
         evaluation_margin=intervals.mean(margins.numpy(), users) if held else none,
     )  # fmt: skip
