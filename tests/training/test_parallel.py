@@ -37,7 +37,10 @@ def test_every_item_is_one_process_s_in_order(count: int, world: int) -> None:
 def test_turns_are_equally_many_and_each_batch_counts_once(count: int, world: int) -> None:
     turns = [list(Parallel(rank, world).turns(range(count))) for rank in range(world)]
     assert len(set(map(len, turns))) == 1
-    assert [turn.batch for own in turns for turn in own if turn.counts] == list(range(count))
+    assert sorted(turn.batch for own in turns for turn in own if turn.counts) == list(range(count))
+    for number, at_once in enumerate(zip(*turns, strict=True)):
+        counted = [turn.batch for turn in at_once if turn.counts]
+        assert counted == list(range(number * world, min(count, (number + 1) * world))), "alike in size run together"
 
 
 def test_alone_nothing_is_sent() -> None:

@@ -90,16 +90,17 @@ class Parallel:
         return list(items[len(items) * self.rank // self.world : len(items) * (self.rank + 1) // self.world])
 
     def turns(self, batches: Sequence[T]) -> Iterator[Turn[T]]:
-        """This process's stretch of the step's micro-batches, which all processes have cut alike.
+        """This process's part of the step's micro-batches, which all processes have cut alike.
 
-        Every process gets equally many, as sharded weights are gathered by all together; one whose stretch is shorter
-        runs the first micro-batch again without counting it.
+        They are dealt out in turn: the largest come first, and processes wait for each other. Every process gets
+        equally many, as sharded weights are gathered by all together; one that has fewer runs the last micro-batch
+        again without counting it.
         """
-        mine = self.share(batches)
+        mine = batches[self.rank :: self.world]
         for batch in mine:
             yield Turn(batch, True)
         for _ in range(-(-len(batches) // self.world) - len(mine)):
-            yield Turn(batches[0], False)
+            yield Turn(batches[-1], False)
 
     def sum(self, value: float) -> float:
         """The sum of `value` over all processes, in float64."""
