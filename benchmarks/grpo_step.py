@@ -17,7 +17,6 @@ Before that, on the same replies, rewards and weights, TRL's loss and gradient i
 """
 
 import argparse
-import copy
 import functools
 import json
 import random
@@ -167,7 +166,6 @@ def grpo_trainer(peer: str, args: argparse.Namespace, folders: Sequence[Path], p
 def agreement(turn: Turn, *, args: argparse.Namespace, folders: Sequence[Path], prompts: Any) -> None:
     """Loss and gradient of TRL and ours on what TRL drew, in float32, on the same weights."""
     import torch  # noqa: PLC0415
-    from transformers import TrainerCallback  # noqa: PLC0415
 
     from characterflywheel.llm.shared_prefix import reply_logprobs  # noqa: PLC0415
     from characterflywheel.training import policy_gradient  # noqa: PLC0415
@@ -175,48 +173,37 @@ def agreement(turn: Turn, *, args: argparse.Namespace, folders: Sequence[Path], 
     torch.set_num_threads(args.threads)
     few = argparse.Namespace(**vars(args) | {"prompts": min(2, args.prompts)})
     trainer = grpo_trainer(FLOAT32, few, folders, prompts[: few.prompts])
-    kept: list[Any] = []
     compute = type(trainer)._compute_loss
 
-    def keep(self: Any, model: Any, inputs: Any) -> Any:
-        kept.append(copy.deepcopy(inputs))
-        return compute(self, model, inputs)
+    def stop(*_: Any) -> None:
+        raise StopIteration
 
-    class Stop(TrainerCallback):  # type: ignore[misc]
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            raise StopIteration
-
-    type(trainer)._compute_loss = keep
-    trainer.add_callback(Stop())
+    type(trainer)._compute_loss = stop  # when all is drawn and scored, and nothing is learnt
     with suppress(StopIteration):
         trainer.train()
     model, parameters = trainer.accelerator.unwrap_model(trainer.model), list(trainer.model.parameters())
-    trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = len(kept)
-    loss, noise = 0.0, torch.Generator().manual_seed(0)
-    for inputs in kept:
-        with torch.no_grad():  # as after an update: or the ratio is 1 and the loss 0 whatever the replies
-            before, _, _ = trainer._get_per_token_logps_and_entropies(
-                trainer.model,
-                *(torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")),
-                inputs["completion_ids"].shape[1],
-            )
-        inputs["old_per_token_logps"] = before + 0.2 * torch.randn(before.shape, generator=noise).to(before)
+    drawn, noise = trainer._buffered_inputs, torch.Generator().manual_seed(0)
+    trainer.current_gradient_accumulation_steps = len(drawn)
+    paths, advantage, before, loss = [], [], [], 0.0
+    for inputs in drawn:
+        several = [
+            tuple(tuple(inputs[f"{kind}_ids"][i][inputs[f"{kind}_mask"][i].bool()].tolist())
+                  for kind in ("prompt", "completion"))
+            for i in range(len(inputs["advantages"]))
+        ]  # fmt: skip
+        with torch.no_grad():
+            logs = reply_logprobs(model, several, device=args.device).logprobs
+        # as after an update: or the ratio is 1 and the loss 0 whatever the replies
+        before.append(logs + 0.2 * torch.randn(logs.shape, generator=noise).to(logs))
+        inputs["old_per_token_logps"] = torch.zeros(inputs["completion_mask"].shape, device=args.device)
+        inputs["old_per_token_logps"][inputs["completion_mask"].bool()] = before[-1]
+        paths += several
+        advantage += inputs["advantages"].tolist()
         part = compute(trainer, trainer.model, inputs)
         part.backward()
         loss += float(part.detach())
     gradient = [p.grad.clone() for p in parameters]
     model.zero_grad()
-    paths, advantage, before = [], [], []
-    for inputs in kept:
-        for i in range(len(inputs["advantages"])):
-            prompt, reply = (
-                tuple(inputs[f"{kind}_ids"][i][inputs[f"{kind}_mask"][i].bool()].tolist())
-                for kind in ("prompt", "completion")
-            )
-            paths.append((prompt, reply))
-            before.append(inputs["old_per_token_logps"][i][inputs["completion_mask"][i].bool()])
-            advantage.append(float(inputs["advantages"][i]))
     now = reply_logprobs(model, paths, device=args.device)
     weights, scale = torch.ones_like(now.logprobs), torch.tensor(advantage, device=args.device)
     mine = policy_gradient.grpo(

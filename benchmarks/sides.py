@@ -101,22 +101,22 @@ class Turn:
 
 
 class Side:
-    """The parent's end of one trainer."""
+    """The parent's end of one trainer; its process starts with its first step, so that no two begin at once."""
 
     def __init__(self, name: str, run: Callable[..., None], settings: Mapping[str, Any], device: str) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_child, args=(theirs, run, dict(settings), device), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.going = True
+        self._theirs = theirs
 
     def step(self) -> Step:
-        """The next step; the first, which also builds everything, began when the process did."""
-        if not self.going:
+        """The next step; the first also builds everything."""
+        if self.process.pid is None:
+            self.process.start()
+            self._theirs.close()
+        else:
             self.pipe.send("go")
-        self.going = False
         try:
             found = self.pipe.recv()
         except EOFError as ended:
@@ -127,8 +127,9 @@ class Side:
 
     def end(self) -> None:
         """Stop it, wherever it is."""
-        self.process.terminate()
-        self.process.join()
+        if self.process.pid is not None:
+            self.process.terminate()
+            self.process.join()
 
 
 def take_turns(sides: Sequence[Side], repeats: int) -> dict[str, list[Step]]:

@@ -21,6 +21,7 @@ from ..errors import FlywheelError
 from . import family_attention
 from .as_forward import as_forward
 from .forest import Forest, Path, Segment, plant
+from .gated import feed_forward
 from .rms_norm import rms_norm
 from .token_logprobs import token_logprobs
 
@@ -81,7 +82,7 @@ def project(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 def finish_layer(layer: Any, x: Tensor, mixed: Tensor) -> Tensor:
     """Output projection, residuals and feed-forward of a layer; `mixed` is attention's result (rows, width)."""
     x = x + layer.self_attn.o_proj(mixed)
-    return x + layer.mlp(rms_norm(layer.post_attention_layernorm, x))  # type: ignore[no-any-return]
+    return x + feed_forward(layer.mlp, rms_norm(layer.post_attention_layernorm, x))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
