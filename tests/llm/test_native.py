@@ -206,3 +206,25 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(top_p: float) -> Non
     tokens, logs = draw(logits.expand(4, -1), edges, Sampling(top_p=top_p))
     assert set(tokens.tolist()) <= {1, 3}
     assert logs.isfinite().all()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_new_weights_are_decoded_from_whether_the_copy_is_kept_or_not(keeps: bool) -> None:
+    model = NativeModel(
+        tiny_llama(), tiny_tokenizer(), "tiny", max_prompt_tokens=256, threads=1, keeps_copy=keeps
+    )  # fmt: skip
+    first = logprobs_of(complete(model))
+    assert (model._weights is not None) == keeps
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.mul_(1.1)
+    replies = complete(model)
+    assert logprobs_of(replies) != first
+    paths = [
+        (*model.format.prompt(c), reply.token_ids)
+        for c, several in zip(CONVERSATIONS, replies, strict=True)
+        for reply in several
+    ]
+    with torch.no_grad():
+        trainer = reply_logprobs(model.model, paths, temperature=PLAIN.temperature).logprobs
+    torch.testing.assert_close(torch.tensor(logprobs_of(replies)), trainer, atol=2e-5, rtol=0)

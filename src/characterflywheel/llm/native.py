@@ -53,18 +53,24 @@ def end_tokens(model: Any) -> frozenset[int]:
 
 
 class NativeModel(TokenSampler):
-    """A chat model on torch, CPU or GPU (`ChatModel` Protocol)."""
+    """A chat model on torch, CPU or GPU (`ChatModel` Protocol).
+
+    `keeps_copy`: hold on to the copy of the weights that decoding makes (see `decoder_weights`) from one call of
+    `sample` to the next; not worth its memory where weights change in between.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, *, max_prompt_tokens: int, threads: int, batch_replies: int = 64
-    ) -> None:
+        self, model: Any, tokenizer: Any, name: str, *, max_prompt_tokens: int, threads: int, batch_replies: int = 64,
+        keeps_copy: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.name, self.threads, self.batch_replies = model, name, threads, batch_replies
         self.format = ChatFormat(tokenizer, max_prompt_tokens)
         self.ends = end_tokens(model) | {tokenizer.eos_token_id}
+        self.keeps_copy = keeps_copy
         self._weights: Weights | None = None
 
     @classmethod
-    def load(cls, folder: Path, name: str, *, device: str = "cpu", **settings: int) -> "NativeModel":
+    def load(cls, folder: Path, name: str, *, device: str = "cpu", **settings: Any) -> "NativeModel":
         model, tokenizer = load_model(folder, fast_dtype(device), device)
         return cls(model, tokenizer, name, **settings)
 
@@ -97,6 +103,8 @@ class NativeModel(TokenSampler):
                     finished += 1
                     if on_progress:
                         on_progress(finished, len(prompts))
+        if not self.keeps_copy:
+            self._weights = None
         return results
 
     def decoder(self, slots: int, n: int, sampling: Sampling, longest: int) -> "Decoder":

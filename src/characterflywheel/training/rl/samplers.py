@@ -98,7 +98,7 @@ def open_sampler(
 
 def _native(place: Place) -> Sampler:
     model, _ = load_model(place.folder, place.dtype(fast_dtype(place.device)), place.device)
-    return InMemory(NativeModel(model, place.tokenizer, "rl", **place.room), "native")
+    return InMemory(NativeModel(model, place.tokenizer, "rl", keeps_copy=False, **place.room), "native")
 
 
 def _transformers(place: Place) -> Sampler:
