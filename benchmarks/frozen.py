@@ -7,6 +7,7 @@ cross-validation inside the training part.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,9 @@ def spans(model: Any, paths: Sequence[shared_prefix.Path], places: Sequence[tupl
     bf16 = torch.cpu._is_avx512_bf16_supported()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), ExitStack() as hooks:
         for number in places_read[:-1]:
-            keep = lambda _, x, n=number: streams.__setitem__(n, x[0].float())  # noqa: E731
-            hooks.callback(backbone.layers[number].input_layernorm.register_forward_pre_hook(keep).remove)
+            layer = backbone.layers[number]
+            layer.run_as = partial(_kept, layer, streams, number)
+            hooks.callback(delattr, layer, "run_as")
         final = shared_prefix.hidden_states(backbone, forest)
         streams[places_read[-1]] = final.float()
         rows = [mine[start:stop] for mine, (start, stop) in zip(forest.rows, places, strict=True)]
@@ -83,6 +85,12 @@ def spans(model: Any, paths: Sequence[shared_prefix.Path], places: Sequence[tupl
         torch.stack([s.mean() for s in each]).numpy(),
         torch.stack([s.sum() for s in each]).numpy(),
     )
+
+
+def _kept(layer: Any, streams: dict[int, Tensor], number: int, function: Any, x: Tensor, *more: Any) -> Any:
+    """Run a layer, and keep the states that it begins with."""
+    streams[number] = x.float()
+    return function(layer, x, *more)
 
 
 def cut(ids: shared_prefix.Segment, most: int) -> shared_prefix.Segment:

@@ -90,8 +90,11 @@ def test_pairs_of_people_are_read_and_counted(scripts: Namespace, tmp_path: Path
     assert sum(every[kind].n for kind in ("similar", "chosen longer", "chosen shorter")) == 12
 
 
-def test_frozen_reads_agree_with_the_model(scripts: Namespace, tiny_folder: Path) -> None:
-    """Log-likelihood and last state, against `reply_logprobs` and the model's own hidden states."""
+def test_frozen_reads_agree_with_the_model(
+    scripts: Namespace, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-likelihood and last state, against `reply_logprobs` and the model's own hidden states, all in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     form = ChatFormat(AutoTokenizer.from_pretrained(tiny_folder), 200)
     tiny_model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     prompt = (ChatMessage(role="user", content="the sea is cold"),)
@@ -102,7 +105,7 @@ def test_frozen_reads_agree_with_the_model(scripts: Namespace, tiny_folder: Path
     with torch.inference_mode():
         expected = reply_logprobs(tiny_model, [path]).logprobs
         states = tiny_model(torch.tensor([sum(path, ())]), output_hidden_states=True).hidden_states
-    tolerance = 0.05 if torch.cpu._is_avx512_bf16_supported() else 1e-4
+    tolerance = 1e-4
     assert reads.total[1] == pytest.approx(float(expected.sum()), abs=tolerance)
     assert reads.logprob[1] == pytest.approx(float(expected.mean()), abs=tolerance)
     assert np.allclose(reads.last[1, 0], states[1][0, -1], atol=tolerance)
