@@ -1,5 +1,6 @@
 """What RL asks of whoever draws its rollouts: replies with log-probabilities, and that it takes new weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -38,7 +39,7 @@ class RolloutSampler(Protocol):
         """Take over the learner's weights, as one more than the last version if absent. All processes call it."""
         ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing to give back
         """Let go of memory, connections and files."""
         ...
 
@@ -67,7 +68,7 @@ class Place(NamedTuple):
         return DTYPES.get(self.config.sampler.precision, automatic)
 
 
-class Sampler:
+class Sampler(ABC):
     """An engine that draws token ids, and the way weights get into it (`RolloutSampler` Protocol)."""
 
     def __init__(self, engine: TokenSampler, kind: str) -> None:
@@ -90,11 +91,12 @@ class Sampler:
         self.pushed = self.pushed + 1 if version is None else version
         self._load(model, self.pushed)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing to give back
         """See `RolloutSampler.close`."""
 
+    @abstractmethod
     def _load(self, model: Any, version: int) -> None:
-        raise NotImplementedError
+        """Give the engine these weights."""
 
     def _versions(self, drawn: Sequence[Sequence[Drawn]]) -> list[list[int]]:
         return [[self.loaded] * len(several) for several in drawn]
