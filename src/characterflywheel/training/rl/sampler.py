@@ -39,7 +39,7 @@ class RolloutSampler(Protocol):
         """Take over the learner's weights, as one more than the last version if absent. All processes call it."""
         ...
 
-    def close(self) -> None:  # noqa: B027 - most engines hold nothing to give back
+    def close(self) -> None:
         """Let go of memory, connections and files."""
         ...
 
