@@ -20,7 +20,7 @@ from typing import Any
 import record
 import sft_step
 import sides
-from sft_step import DEFAULT, FLOAT32, OURS, OURS_32, PACKAGES, prepare, ratios, report, watch_updates
+from sft_step import DEFAULT, FLOAT32, OURS, OURS_32, PACKAGES, prepare, ratios, report
 from sides import Side, Turn
 
 PEERS = (DEFAULT, "autocast,8,plain", "autocast,8,plain,precomputed", FLOAT32)
@@ -29,26 +29,15 @@ LONGEST = 1024
 
 
 def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folder: Path) -> None:
-    """Train with the product's stage; the clocks are put around its functions before it is imported."""
-    import torch  # noqa: PLC0415
+    """Train with the product's stage."""
+    log = sides.product(turn, precision, args.threads)
 
     import chats  # noqa: PLC0415
     from characterflywheel.config import DPOConfig  # noqa: PLC0415
-    from characterflywheel.llm import native, shared_prefix  # noqa: PLC0415
     from characterflywheel.pipeline import Work  # noqa: PLC0415
+    from characterflywheel.training import dpo  # noqa: PLC0415
 
-    if precision == "float32":
-        native.fast_dtype = lambda device="cpu": torch.float32
-    turn.clock(shared_prefix, "reply_logprobs", "forward")
-    turn.clock(torch.Tensor, "backward", "backward")
-    turn.clock(torch.optim.AdamW, "step", "optimiser")
-
-    from characterflywheel.training import dpo, learner  # noqa: PLC0415
-
-    learner.CHECKPOINT_SECONDS = float("inf")  # TRL saves nothing on the way either
     turn.once(dpo, "reference_sums", "reference", share=args.repeats + 1)
-    log: list[dict[str, float]] = []
-    watch_updates(learner.Learner, log)
     every = args.pairs // args.step
 
     def on_progress(done: int, total: int, /) -> None:

@@ -29,7 +29,6 @@ from typing import Any
 
 import record
 import sides
-from sft_step import watch_updates
 from sides import GIB, Side, Step, Turn
 
 OURS, OURS_32 = "ours", "ours float32"
@@ -41,31 +40,20 @@ LEARNING_RATE = 1e-6
 
 
 def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Sequence[Path], prompts: Any) -> None:
-    """Train with the product's stage; the clocks are put around its functions before it is imported."""
-    import torch  # noqa: PLC0415
+    """Train with the product's stage."""
+    log = sides.product(turn, precision, args.threads)
 
     from characterflywheel.config import RLAlarmsConfig, RLConfig  # noqa: PLC0415
-    from characterflywheel.llm import native, shared_prefix  # noqa: PLC0415
+    from characterflywheel.llm.native import NativeModel  # noqa: PLC0415
     from characterflywheel.pipeline import Work  # noqa: PLC0415
-
-    torch.set_num_threads(args.threads)
-    if precision == "float32":
-        native.fast_dtype = lambda device="cpu": torch.float32
-    turn.clock(shared_prefix, "reply_logprobs", "forward")
-    turn.clock(torch.Tensor, "backward", "backward")
-    turn.clock(torch.optim.AdamW, "step", "optimiser")
-    turn.clock(native.NativeModel, "sample", "sampling")
-    drawn = endless(native.NativeModel)
-
     from characterflywheel.reward.export import load_pointwise  # noqa: PLC0415
     from characterflywheel.reward.pointwise import Pointwise  # noqa: PLC0415
     from characterflywheel.safety.policy import SafetyPolicy  # noqa: PLC0415
-    from characterflywheel.training import learner, rl  # noqa: PLC0415
+    from characterflywheel.training import rl  # noqa: PLC0415
 
-    learner.CHECKPOINT_SECONDS = float("inf")  # TRL saves nothing on the way either
+    turn.clock(NativeModel, "sample", "sampling")
+    drawn = endless(NativeModel)
     turn.clock(Pointwise, "score", "scoring")
-    log: list[dict[str, float]] = []
-    watch_updates(learner.Learner, log)
     config = RLConfig(
         steps=len(prompts) // args.prompts, prompts_per_step=args.prompts, group=args.replies,
         learning_rate=LEARNING_RATE, temperature=1.0, max_tokens=args.reply_tokens,

@@ -31,25 +31,14 @@ LONGEST = 1024
 
 
 def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folder: Path) -> None:
-    """Train with the product's stage; the clocks are put around its functions before it is imported."""
-    import torch  # noqa: PLC0415
+    """Train with the product's stage."""
+    log = sides.product(turn, precision, args.threads)
 
     import chats  # noqa: PLC0415
     from characterflywheel.config import SFTConfig  # noqa: PLC0415
-    from characterflywheel.llm import native, shared_prefix  # noqa: PLC0415
     from characterflywheel.pipeline import Work  # noqa: PLC0415
+    from characterflywheel.training import sft  # noqa: PLC0415
 
-    if precision == "float32":
-        native.fast_dtype = lambda device="cpu": torch.float32
-    turn.clock(shared_prefix, "reply_logprobs", "forward")
-    turn.clock(torch.Tensor, "backward", "backward")
-    turn.clock(torch.optim.AdamW, "step", "optimiser")
-
-    from characterflywheel.training import learner, sft  # noqa: PLC0415
-
-    learner.CHECKPOINT_SECONDS = float("inf")  # TRL saves nothing on the way either
-    log: list[dict[str, float]] = []
-    watch_updates(learner.Learner, log)
     every = args.examples // args.step
 
     def on_progress(done: int, total: int, /) -> None:
@@ -68,17 +57,6 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folder: Path) 
             Work(Path(scratch), seed=0), config, folder, chats.examples(args.examples, shared=args.shared),
             threads=args.threads, device=args.device, on_progress=on_progress,
         )  # fmt: skip
-
-
-def watch_updates(learner: Any, log: list[dict[str, float]]) -> None:
-    """Keep what every update logs."""
-    update = learner.update
-
-    def kept(self: Any, **metrics: float) -> None:
-        update(self, **metrics)
-        log.append(self.log[-1])
-
-    learner.update = kept
 
 
 def theirs(turn: Turn, *, peer: str, args: argparse.Namespace, folder: Path) -> None:

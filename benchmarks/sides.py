@@ -100,6 +100,36 @@ class Turn:
         return torch.cuda.max_memory_allocated()
 
 
+def product(turn: Turn, precision: str, threads: int) -> list[dict[str, float]]:
+    """Clock our training core, which runs in `precision` ("fast" or "float32"); what every update logs from here on.
+
+    To be called before any training stage is imported: they hold on to the functions that are clocked here.
+    """
+    import torch  # noqa: PLC0415
+
+    from characterflywheel.llm import native, shared_prefix  # noqa: PLC0415
+
+    torch.set_num_threads(threads)
+    if precision == "float32":
+        native.fast_dtype = lambda device="cpu": torch.float32
+    turn.clock(shared_prefix, "reply_logprobs", "forward")
+    turn.clock(torch.Tensor, "backward", "backward")
+    turn.clock(torch.optim.AdamW, "step", "optimiser")
+
+    from characterflywheel.training import learner  # noqa: PLC0415
+
+    learner.CHECKPOINT_SECONDS = float("inf")  # TRL saves nothing on the way either
+    log: list[dict[str, float]] = []
+    update = learner.Learner.update
+
+    def kept(self: Any, **metrics: float) -> None:
+        update(self, **metrics)
+        log.append(self.log[-1])
+
+    learner.Learner.update = kept  # type: ignore[method-assign]
+    return log
+
+
 class Side:
     """The parent's end of one trainer; its process starts with its first step, so that no two begin at once."""
 

@@ -1,6 +1,6 @@
 """Rewrite the generated tables of docs/operations.md and docs/formats.md: `make docs`. A test checks them.
 
-The configuration's keys come from config.py, the records' fields from records.py, so the pages cannot drift.
+The configuration's keys come from config/, the records' fields from records.py, so the pages cannot drift.
 """
 
 import re

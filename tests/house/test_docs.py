@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_generated_tables_are_current() -> None:
-    """After a change of config.py or records.py: make docs"""
+    """After a change of config/ or records.py: make docs"""
     for path, text in runpy.run_path(str(ROOT / "scripts" / "document.py"))["pages"]().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make docs`"
 
