@@ -60,10 +60,12 @@ def ours(turn: Turn, *, precision: str, args: argparse.Namespace, folders: Seque
         max_prompt_tokens=max(args.long, args.short), alarms=RLAlarmsConfig(every=0),
     )  # fmt: skip
     policy, reward = folders
+    scorer = load_pointwise(reward, args.threads, args.device)
+    scorer.net.scores_only = True  # as where the product opens it for RL
     with tempfile.TemporaryDirectory() as scratch:
         rl.train_rl(
             Work(Path(scratch), seed=0), config, policy, [as_prompt(i, p) for i, p in enumerate(prompts)],
-            load_pointwise(reward, args.threads, args.device), SafetyPolicy(),
+            scorer, SafetyPolicy(),
             threads=args.threads, batch_replies=args.prompts * args.replies, device=args.device,
             on_progress=lambda done, total: turn.over(**log[-1] | {"tokens": drawn.pop()}),
         )  # fmt: skip

@@ -11,6 +11,7 @@ from characterflywheel.config import RewardConfig
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.models import base_model_folder, encoder_folder
 from characterflywheel.reward import fit, network
+from characterflywheel.reward.export import save_pointwise
 from characterflywheel.reward.pairwise import Pairwise
 from characterflywheel.reward.pointwise import Pointwise
 
@@ -156,3 +157,44 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(
 def test_batches_cover_everything_once_in_order() -> None:
     ranges = list(network.in_batches([3, 3, 3, 9, 1], limit=6))
     assert [list(r) for r in ranges] == [[0, 1], [2], [3], [4]]
+
+
+def test_scores_only_holds_the_packed_weights_alone_and_scores_the_same(policy: Path, tmp_path: Path) -> None:
+    """Nothing else is possible from then on, and each attempt says so; unused, it is an ordinary network."""
+    model = Pointwise.from_folder(policy, RewardConfig(layers=2, max_prompt_tokens=64, max_reply_tokens=24), threads=1)
+    torch.nn.init.normal_(model.net.head.weight, generator=torch.Generator().manual_seed(0))
+    net = model.net.eval()
+    with torch.inference_mode():
+        before = net(PATHS, ENDS)
+        net.train().eval()
+        net.scores_only = True
+        torch.testing.assert_close(net(PATHS, ENDS), before, atol=0, rtol=0)
+        torch.testing.assert_close(net(PATHS, ENDS), before, atol=0, rtol=0)
+    linear = [p for name, p in net.model.named_parameters() if name.endswith("proj.weight")]
+    assert linear
+    assert sum(p.numel() for p in linear) == 0
+    for attempt in (
+        net.train, net.float, net.finish, lambda: net.load_state_dict({}), lambda: net(PATHS, ENDS),
+        lambda: save_pointwise(model, tmp_path / "saved"),
+    ):  # fmt: skip
+        with pytest.raises(FlywheelError, match="opened to score alone"):
+            attempt()
+    assert not (tmp_path / "saved").exists()
+    net.eval()
+
+
+def test_long_paths_beyond_a_sliding_window_keep_their_weights(tmp_path: Path) -> None:
+    """Padded batches run on the model's own weights, which `scores_only` therefore leaves."""
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=8, use_sliding_window=True, max_window_layers=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2Model(config).eval()
+    net = network.RewardNetwork(model, 2, 1)
+    torch.nn.init.normal_(net.head.weight)
+    net.eval().scores_only = True
+    long = [(tuple(range(5, 25)), (8, 9))]
+    with torch.inference_mode():
+        net(PATHS, ENDS)
+        assert torch.isfinite(net(long, [(21,)])).all()

@@ -104,6 +104,9 @@ def test_decoding_and_copies_worked_by_hand() -> None:
     assert held.copies == 2 * 2 * 8_030_261_248
     assert held.total == pytest.approx(held.weights + held.optimiser + held.copies + max(
         held.gathered + held.gradients + held.activations, held.decoding))  # fmt: skip
+    rests = memory_of(EIGHT, rl._replace(copies=0, rested=1), H100, Footprint(0, 0, 0))
+    assert rests.decoding - held.decoding == 2 * 8_030_261_248
+    assert rests.copies == 0
 
 
 def test_micro_batches_and_what_is_sent() -> None:

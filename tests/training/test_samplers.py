@@ -108,6 +108,19 @@ def test_adapters_are_pushed_as_the_weights_they_stand_for(tiny_folder: Path, tm
     sampler.close()
 
 
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_a_sampler_that_rested_draws_what_is_pushed(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+    """It holds no weights meanwhile, refuses to draw, and draws the same as before once it has them again."""
+    sampler = opened(tiny_folder, tmp_path, kind=kind, precision="float32")
+    before, (model, _) = drawn(sampler), load_model(tiny_folder, torch.float32)
+    sampler.rest()
+    assert sum(p.numel() for p in sampler.engine.model.parameters()) == 0  # type: ignore[attr-defined]
+    with pytest.raises(FlywheelError, match="push the learner's"):
+        drawn(sampler)
+    sampler.push(model)
+    assert drawn(sampler) == before
+
+
 def test_generate_draws_by_chance_and_stops_at_any_end(tiny_folder: Path, tmp_path: Path) -> None:
     """The likeliest first token comes up as often as it says; no folder's own penalty or top-k bends the draw."""
     sampler = opened(tiny_folder, tmp_path / "scratch", kind="transformers")

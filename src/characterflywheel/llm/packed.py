@@ -158,7 +158,8 @@ class Pass(NamedTuple):
 class Packed:
     """A model's weights at the moment of packing. `nbytes`: what they cost beside the model's own."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, release: bool = False) -> None:
+        """`release`: let the weights of the model's linear layers go, so that it has no other use from then on."""
         if model.training:
             raise FlywheelError("a model in training mode cannot be packed: call its eval() first.")
         act = model.config.hidden_act
@@ -170,6 +171,10 @@ class Packed:
         self.layers = _bert(model, dtype) if self.both_ways else _llama(model, dtype)
         parts = [part for layer in self.layers for part in vars(layer).values() if isinstance(part, Linear)]
         self.nbytes = sum(part.nbytes for part in parts)
+        self.released = release
+        if release:
+            for part in (part for layer in _layers(model) for part in layer.modules() if isinstance(part, nn.Linear)):
+                part.weight.data = part.weight.data.new_empty(0)
         _keep_freed_memory()
         self._state = self._versions()
         self._samples = [p.detach().view(-1)[:: max(1, p.numel() // SAMPLE)] for p in model.parameters()]
@@ -270,6 +275,10 @@ def _paired(part: Any, size: int) -> tuple[Tensor, Tensor | None]:
     weight, bias = affine(part)
     order = torch.arange(len(weight), device=weight.device).view(-1, 2, size // 2).transpose(1, 2).flatten()
     return weight[order], None if bias is None else bias[order]
+
+
+def _layers(model: Any) -> Any:
+    return model.encoder.layer if model.config.model_type in prefix_encoder.FAMILY else model.layers
 
 
 def _bert(model: Any, dtype: torch.dtype) -> list[BertLayer]:

@@ -4,6 +4,7 @@ The Llama family and BERT run each shared prefix once (`shared_prefix`, `prefix_
 opens runs in padded batches (`padded`).
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,12 +47,15 @@ def states(model: Any, paths: Sequence[Path], read: Sequence[Sequence[int]], *, 
     return torch.cat(found)[torch.tensor(order, device=found[0].device).argsort()]
 
 
-def pack(model: Any, dtype: torch.dtype = torch.float32) -> Packed | None:
+def pack(model: Any, dtype: torch.dtype = torch.float32, *, release: bool = False) -> Packed | None:
     """The model's weights laid out for scoring, a copy in `dtype`; None for architectures that run in padded batches.
 
-    It holds the weights of this moment: `states` refuses it once they have changed.
+    It holds the weights of this moment: `states` refuses it once they have changed. `release`: it shall be the only
+    copy, unless long paths need the model's own.
     """
-    return Packed(model, dtype) if _shares_prefixes(model, 0) else None
+    if not _shares_prefixes(model, 0):
+        return None
+    return Packed(model, dtype, release=release and _shares_prefixes(model, sys.maxsize))
 
 
 def in_batches(paths: Sequence[Path], budget: int) -> Iterator[list[int]]:

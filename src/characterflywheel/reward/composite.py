@@ -86,7 +86,8 @@ class RewardModels:
 
     @classmethod
     def load(cls, folder: Path, encoder: Embeds, threads: int = 2, device: str = "cpu") -> "RewardModels":
-        """The models that `save` wrote. Raises FlywheelError where there are none, or another version's."""
+        """The models that `save` wrote, to score with alone. Raises FlywheelError where there are none, or another
+        version's."""
         settings = stored.read(folder / "reward.json", Settings, "reward models")
         pointwise = export.load_pointwise(
             folder / "pointwise", threads, device, temperature=settings.pointwise_temperature
@@ -96,6 +97,8 @@ class RewardModels:
         )
         gold = export.load_pointwise(folder / "gold", threads, device) if (folder / "gold").exists() else None
         signals = SignalModels.load(folder, encoder)
+        for model in (pointwise, pairwise, *([gold] if gold else [])):
+            model.net.scores_only = True
         return cls(pointwise, pairwise, signals, settings.signal_weights, settings.scales, gold)
 
 

@@ -39,6 +39,7 @@ class Settings(Record):
 
 def save_pointwise(model: Pointwise, folder: Path) -> None:
     """Write the model's folder. Its tokenizer pads as others need it from then on (see `pad_token`)."""
+    model.net.whole()
     folder.mkdir(parents=True, exist_ok=True)
     config, tokenizer = deepcopy(model.net.model.config), model.form.tokenizer
     state, head = _stored(model.net.model.state_dict()), _stored({"score.weight": model.net.head.weight})
@@ -80,6 +81,7 @@ def load_pointwise(folder: Path, threads: int = 2, device: str = "cpu", *, tempe
 
 def save_pairwise(model: Pairwise, path: Path) -> None:
     """Write the model's own weights as one safetensors file."""
+    model.net.whole()
     state = {name: t for name, t in model.net.state_dict().items() if name != _embeddings(model.net)}
     save_file(_stored(state), path)
 

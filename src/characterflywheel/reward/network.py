@@ -24,6 +24,8 @@ class RewardNetwork(nn.Module):
     """First layers of a backbone with a linear head over `ends` states of a path, side by side.
 
     Token embeddings stay as they are. `precision` is the type of its products; None: bfloat16 where that is fast.
+    `scores_only`: from its first pass without gradients on, keep the packed weights alone, less than half of the
+    memory; then it cannot be trained, moved, saved or loaded into.
     """
 
     def __init__(self, model: Any, layers: int, ends: int, outputs: int = 1) -> None:
@@ -36,6 +38,7 @@ class RewardNetwork(nn.Module):
         self.precision: torch.dtype | None = None
         self._adapted: Any = None
         self._packed: Any = None
+        self.scores_only = False
 
     def forward(self, paths: Sequence[TokenPath], read: Sequence[Sequence[int]]) -> Tensor:
         """Float32 (paths, outputs). `read[i]`: the `ends` places on path i, counted from its root, to read.
@@ -47,11 +50,23 @@ class RewardNetwork(nn.Module):
         packed = None
         if not (torch.is_grad_enabled() or self.training or self._adapted):
             if self._packed is None:
-                self._packed = reading.pack(self.model, dtype)
+                self._packed = reading.pack(self.model, dtype, release=self.scores_only)
             packed = self._packed
+        else:
+            self.whole()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             states = reading.states(self.model, paths, read, packed=packed)
         return self.head(states.flatten(1))  # type: ignore[no-any-return]
+
+    def whole(self) -> None:
+        """Raise FlywheelError where `scores_only` has let weights go."""
+        if self._packed is not None and self._packed.released:
+            raise FlywheelError("this reward model was opened to score alone: load its folder again for anything else.")
+
+    def _unpack(self) -> None:
+        """Forget the packed weights, before the model's own change."""
+        self.whole()
+        self._packed = None
 
     def adapt(self, rank: int, seed: int = 0) -> None:
         """Until `merge`, train low-rank adapters of the linear layers alone (Hu 2022); alpha is twice the rank."""
@@ -76,24 +91,25 @@ class RewardNetwork(nn.Module):
     def finish(self) -> None:
         """After training: merge adapters and round weights to bfloat16, as they are kept, so that nothing that is
         measured from here on changes when they are saved and read back."""
+        self._unpack()
         self.merge()
-        self._packed = None
         for parameter in self.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
 
     def train(self, mode: bool = True) -> "RewardNetwork":
         """The backbone never drops out: two replies to compare must not be seen through different noise (as in TRL)."""
-        self._packed = None
+        if mode or self.training:
+            self._unpack()
         super().train(mode)
         self.model.eval()
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._packed = None
+        self._unpack()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._packed = None
+        self._unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 

@@ -57,12 +57,18 @@ class Setting(NamedTuple):
     checkpointing: bool
     sampled: tuple[int, int] | None = None
     copies: int = 0
-    """`sampled`: prompts and replies that are decoded at once in this process, of RL; `copies`: of the weights."""
+    rested: int = 0
+    """`sampled`: prompts and replies that are decoded at once in this process, of RL; `copies`: of the weights, all the
+    time; `rested`: of those that are let go while something is learnt."""
 
 
 class MemoryPlan(Record):
-    """Bytes of one process. `gathered`: weights as products take them; `copies`: of the weights, a sampler's and a
-    reference's; `decoding`: keys, values and logits of replies being drawn, when nothing is being learnt."""
+    """Bytes of one process.
+
+    `gathered`: weights as products take them. `copies`: of the weights, a reference's and those of a sampler that
+    keeps them. `decoding`: those of one that lets them go, and keys, values and logits of replies being drawn, when
+    nothing is being learnt.
+    """
 
     weights: float
     optimiser: float
@@ -120,11 +126,12 @@ def settings_of(config: FlywheelConfig) -> Iterator[Setting]:
         math.ceil(dpo.pairs / dpo.pairs_per_step), dpo.micro_batch_tokens, dpo.train_layers, dpo.lora_rank, *shared,
     )  # fmt: skip
     here = rl.sampler.kind not in ("endpoint", "vllm")
+    rests = rl.sampler.kind in ("native", "transformers")  # see `rl.samplers.InMemory`
     slots = max(1, config.models.batch_replies // rl.group)
     yield Setting(
         "rl", Example(rl.max_prompt_tokens, rl.max_tokens, rl.group), rl.prompts_per_step, rl.steps,
         rl.micro_batch_tokens, rl.train_layers, rl.lora_rank, *shared, sampled=(slots, rl.group) if here else None,
-        copies=int(here) + int(rl.kl_weight > 0),
+        copies=int(here and not rests) + int(rl.kl_weight > 0), rested=int(rests),
     )  # fmt: skip
 
 
@@ -182,7 +189,7 @@ def _memory(shape: Shape, setting: Setting, machine: Machine, found: Footprint) 
         weights=4 * (shape.parameters + adapters) / shards, gathered=gathered,
         gradients=4 * trained / shards + arriving, optimiser=8 * trained / shards,
         activations=examples * activations, copies=float(low * shape.parameters * setting.copies),
-        decoding=_decoding(shape, setting, low),
+        decoding=_decoding(shape, setting, low) + low * shape.parameters * setting.rested,
     )  # fmt: skip
 
 

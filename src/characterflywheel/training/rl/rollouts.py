@@ -19,7 +19,7 @@ from ...config import RLConfig
 from ...ids import derive_seed
 from ...llm.base import Completion, Sampling
 from ...llm.chat_format import ChatFormat
-from ...pipeline import Work, write_atomically
+from ...pipeline import Work, release_memory, write_atomically
 from ...records import Dropped, Prompt, Record, Rollout
 from ..parallel import Parallel
 from ..paths import in_window
@@ -118,7 +118,10 @@ class Rollouts:
             return self._draw(batch, self.config.group, derive_seed(self.seed, step - 1))
 
         replies = self.shelf.kept(drawn, DrawnReply, draw)
-        return self.shelf.kept(scored, Rollout, lambda: self._score(step, batch, replies))
+        self.sampler.rest()  # whoever draws next has learnt from these, and pushes
+        rollouts = self.shelf.kept(scored, Rollout, lambda: self._score(step, batch, replies))
+        release_memory()  # or what drawing and scoring left sits under what learning holds
+        return rollouts
 
     def learnt(
         self, step: int, rollouts: Sequence[Rollout], before: Logs, advantage: Sequence[float] | None

@@ -39,6 +39,10 @@ class RolloutSampler(Protocol):
         """Take over the learner's weights, as one more than the last version if absent. All processes call it."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is drawn until the next `push`: weights that it brings anew may be let go meanwhile."""
+        ...
+
     def close(self) -> None:
         """Let go of memory, connections and files."""
         ...
@@ -90,6 +94,9 @@ class Sampler(ABC):
         """See `RolloutSampler.push`."""
         self.pushed = self.pushed + 1 if version is None else version
         self._load(model, self.pushed)
+
+    def rest(self) -> None:  # noqa: B027 - most engines keep their weights
+        """See `RolloutSampler.rest`."""
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing to give back
         """See `RolloutSampler.close`."""

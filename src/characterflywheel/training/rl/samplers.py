@@ -14,7 +14,7 @@ their precision and age. Several processes have a sampler each; the endpoint's w
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ import torch
 from ...config import RLConfig
 from ...errors import FlywheelError, SamplerGone
 from ...llm import ct2
+from ...llm.base import Sampling
 from ...llm.endpoint import EndpointModel
 from ...llm.generate import TransformersModel
 from ...llm.native import NativeModel, fast_dtype, load_model
+from ...llm.shared_prefix import Segment
+from ...llm.token_sampler import Drawn
 from ...llm.vllm import VLLMModel
 from ..parallel import Parallel
 from ..sharding import whole_weights
@@ -36,18 +39,34 @@ __all__ = ["OPENERS", "RolloutSampler", "SamplerGone", "open_sampler"]
 
 
 class InMemory(Sampler):
-    """A torch model of our own: weights are copied, rounded to its precision."""
+    """A torch model of our own: weights are copied, rounded to its precision, and let go while it rests."""
 
     engine: NativeModel | TransformersModel
+    resting = False
+
+    def sample(
+        self, prompts: Sequence[tuple[Segment, Segment]], *, n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[list[Drawn]]:
+        if self.resting:
+            raise FlywheelError("the sampler has let its weights go: push the learner's first.")
+        return super().sample(prompts, n=n, sampling=sampling, seeds=seeds)
+
+    def rest(self) -> None:
+        for parameter in self.engine.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self.resting = True
 
     @torch.no_grad()
     def _load(self, model: Any, version: int) -> None:
         own = dict(self.engine.model.named_parameters())
         for name, weight in whole_weights(model):
-            own.pop(name).copy_(weight)
+            mine = own.pop(name)
+            if self.resting:
+                mine.data = mine.data.new_empty(weight.shape)
+            mine.copy_(weight)
         if own:
             raise FlywheelError(f"the learner has no weights {', '.join(sorted(own)[:3])}: it is another model.")
-        self.loaded = version
+        self.loaded, self.resting = version, False
 
 
 class Converted(Sampler):
