@@ -19,7 +19,7 @@ from characterflywheel.characters import load_characters
 from characterflywheel.errors import FlywheelError
 from characterflywheel.ids import derive_id, derive_seed
 from characterflywheel.llm.base import ChatModel, Sampling
-from characterflywheel.llm.ct2 import CTranslate2Model
+from characterflywheel.llm.native import NativeModel
 from characterflywheel.records import Candidate, Prompt
 from characterflywheel.reward.export import load_pointwise
 from characterflywheel.reward.pointwise import Pointwise
@@ -35,7 +35,6 @@ preset = "quick"
 seed = {seed}
 
 [models]
-backend = "ctranslate2"
 threads = {threads}
 base = "{base}"
 
@@ -123,8 +122,8 @@ def scored(model: Path, scorer: Pointwise, prompts: Sequence[Prompt], seed: int,
 
 
 def opened(model: Path, threads: int) -> ChatModel:
-    """A model folder as it is asked here: in int8, the same for every arm."""
-    return CTranslate2Model.load(model, "herding", max_prompt_tokens=256, threads=threads, batch_replies=128)
+    """A model folder as it is asked here, the same for every arm."""
+    return NativeModel.load(model, "herding", max_prompt_tokens=256, threads=threads, batch_replies=128)
 
 
 def answers(model: ChatModel, prompts: Sequence[Prompt], n: int, max_tokens: int, seed: int) -> list[list[str]]:
