@@ -19,7 +19,7 @@ from characterflywheel.config import PolicyConfig, RejectionConfig, load
 from characterflywheel.errors import FlywheelError
 from characterflywheel.llm.base import Completion, Sampling
 from characterflywheel.pipeline import Work
-from characterflywheel.pool import EndpointModel, Known, Pool
+from characterflywheel.pool import Known, Pool, ServedPolicy
 from characterflywheel.records import ChatMessage, Prompt
 from characterflywheel.release import registry
 from characterflywheel.training.selection.drawing import draw
@@ -206,28 +206,28 @@ def port() -> int:
 def test_a_bigger_sibling_on_a_server(port: int) -> None:
     """Drafts come as asked; a server that goes away, or has no such model, is named with what to do."""
     with server(port, "--words", "7") as address:
-        replies = EndpointModel(address, "mock").complete([ASKED] * 40, n=3, sampling=SAMPLING, seeds=range(40))
+        replies = ServedPolicy(address, "mock").complete([ASKED] * 40, n=3, sampling=SAMPLING, seeds=range(40))
         assert [len(several) for several in replies] == [3] * 40
         assert {reply for several in replies for reply in several} == {
             Completion("The lamp is lit and the sea", (), (), "stop")
         }
-        again = EndpointModel(address, "mock?mode=refused:2", patience_s=20)
+        again = ServedPolicy(address, "mock?mode=refused:2", patience_s=20)
         assert len(again.complete([ASKED], sampling=SAMPLING, seeds=[1])[0]) == 1, "it may be away for a moment"
         for mode, said in (("status:404", "no such model: serve it there, or set model"), ("status:401", "key_env"),
                            ("garbage", "cannot be read: is source")):  # fmt: skip
             with pytest.raises(FlywheelError, match=said):
-                EndpointModel(address, f"mock?mode={mode}", patience_s=0.3).complete([ASKED], seeds=[1])
+                ServedPolicy(address, f"mock?mode={mode}", patience_s=0.3).complete([ASKED], seeds=[1])
     began = time.monotonic()
     with pytest.raises(FlywheelError, match="cannot be reached: start it, or correct source"):
-        EndpointModel(address, "mock", patience_s=0.5).complete([ASKED] * 3, seeds=range(3))
+        ServedPolicy(address, "mock", patience_s=0.5).complete([ASKED] * 3, seeds=range(3))
     assert time.monotonic() - began < 20
     with pytest.raises(FlywheelError, match=r"^source = 'ftp://host' is no address"):
-        EndpointModel("ftp://host", "mock")
+        ServedPolicy("ftp://host", "mock")
 
 
 def test_a_server_that_is_gone_stops_the_stage_and_what_is_drawn_is_kept(port: int, tmp_path: Path) -> None:
     parent = Model("parent")
-    far = EndpointModel(f"http://127.0.0.1:{port}/v1", "mock", patience_s=0.3)
+    far = ServedPolicy(f"http://127.0.0.1:{port}/v1", "mock", patience_s=0.3)
     work = Work(tmp_path, 1)
     asked = [
         Prompt(
@@ -249,5 +249,5 @@ def test_a_server_that_is_gone_stops_the_stage_and_what_is_drawn_is_kept(port: i
 
 def test_a_password_in_a_source_is_refused_and_not_repeated() -> None:
     with pytest.raises(FlywheelError, match=r"source has a user or password .*key_env") as told:
-        EndpointModel("http://user:SECRET@127.0.0.1:1/v1", "mock", patience_s=0.2)
+        ServedPolicy("http://user:SECRET@127.0.0.1:1/v1", "mock", patience_s=0.2)
     assert "SECRET" not in str(told.value)

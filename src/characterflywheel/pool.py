@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import ledger
+from .addresses import refuse_password
 from .annotation.candidates import HINTS, RewritePolicy
 from .config import PolicyConfig, RejectionConfig
 from .errors import FlywheelError
 from .llm.base import ChatModel, Completion, Sampling
-from .llm.connection import refuse_password
 from .llm.identity import identity
 from .llm.models import base_model_folder
 from .records import ChatMessage
@@ -139,7 +139,7 @@ class Pool(Mapping[str, ChatModel]):
 
     def _model(self, policy: PolicyConfig) -> ChatModel:
         if policy.model is not None:
-            return EndpointModel(policy.source, policy.model, key=os.environ.get(policy.key_env))
+            return ServedPolicy(policy.source, policy.model, key=os.environ.get(policy.key_env))
         folder = self._folders[policy.name]
         assert folder is not None, "absent policies are left out"
         if folder == "parent":
@@ -171,7 +171,7 @@ class _Cooled:
         return self.model.complete(conversations, n=n, sampling=cooled, seeds=seeds)
 
 
-class EndpointModel:
+class ServedPolicy:
     """A chat model on an OpenAI-compatible server (`ChatModel` Protocol): a bigger sibling, as a policy of the pool.
 
     A server tells neither token ids nor, for several drafts, their number: both are empty. What its own filter
@@ -183,7 +183,7 @@ class EndpointModel:
         timeout_s: float = 600.0, concurrent: int = CONCURRENT,
     ) -> None:  # fmt: skip
         """Raises FlywheelError where `address` is no http address or holds a password, or the key cannot be sent."""
-        refuse_password(address, "a policy's source", "its key_env")
+        refuse_password(address, "a policy's source", "that its key_env names")
         self.name, self.address = model, address
         self._key, self._patience_s, self._timeout_s, self._concurrent = key, patience_s, timeout_s, concurrent
         try:

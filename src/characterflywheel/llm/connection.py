@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from ..addresses import refuse_password
 from ..errors import FlywheelError, SamplerGone
 
 CONCURRENT = 32
@@ -30,7 +30,7 @@ class Endpoint:
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         """Raises FlywheelError where `address` is no http address, or holds a password."""
-        refuse_password(address, "rl.sampler.address", "rl.sampler.key_env")
+        refuse_password(address, "rl.sampler.address", "that rl.sampler.key_env names")
         if not address.startswith(("http://", "https://")):
             raise FlywheelError(f"the sampler's address {address!r} is no address such as http://HOST:8000.")
         self.address = address.rstrip("/").removesuffix("/v1")
@@ -96,17 +96,3 @@ class Endpoint:
                 )
             self._sleep(pause)
         raise AssertionError("counting has no end")
-
-
-def refuse_password(address: str, setting: str, key_env: str) -> None:
-    """Messages name addresses and logs keep messages, so `http://USER:PASSWORD@HOST` is refused, and not repeated here.
-
-    Raises:
-        FlywheelError: something stands before an `@` in front of the host.
-    """
-    web = address.startswith(("http://", "https://"))
-    if "@" in (urlsplit(address).netloc if web else address):
-        raise FlywheelError(
-            f"{setting} has a user or password before its host, which messages would repeat: leave out all up to the "
-            f"@, and put the key into the environment variable that {key_env} names."
-        )

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from ..addresses import refuse_password
 from ..errors import FlywheelError, RewardGone
 from ..progress import Advance
 from ..records import Record, Scored
@@ -53,6 +54,7 @@ class Connection:
         """
         if not address.startswith(("http://", "https://")):
             raise FlywheelError(f"reward.server = {address!r} is no address such as http://HOST:8766.")
+        refuse_password(address, "reward.server", KEY_VARIABLE)
         key = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
         if not (key.isascii() and key.isprintable()):
             raise FlywheelError(f"the key in {KEY_VARIABLE} has characters that cannot be sent: set it again.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
+from ..addresses import refuse_password
 from ..config import SafetyConfig
 from ..errors import FlywheelError
 from .policy import Subject
@@ -94,6 +95,7 @@ class EndpointJudge:
     ) -> None:
         if not address.startswith(("http://", "https://")):
             raise FlywheelError(f"safety.endpoint = {address!r} is no address such as http://HOST:8000/v1.")
+        refuse_password(address, "safety.endpoint", "that safety.endpoint_key_env names")
         if not (key.isascii() and key.isprintable()):
             raise FlywheelError("the guard's key has characters that cannot be sent: set the variable again.")
         self.address = address.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"

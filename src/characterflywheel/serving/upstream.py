@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 import aiohttp
 from yarl import URL
 
+from ..addresses import refuse_password
 from ..config import ServerConfig
 from ..errors import FlywheelError
 from .replies import BackendBusy, BackendError
@@ -32,8 +33,9 @@ class Upstream:
 
     def __init__(self, base: str, *, key: str | None = None, timeout_s: float = 60.0) -> None:
         """Raises:
-        FlywheelError: `base` is no http address, or the key cannot be sent.
+        FlywheelError: `base` is no http address or holds a password, or the key cannot be sent.
         """
+        refuse_password(base, "server.endpoint", "that server.endpoint_key_env names")
         url = URL(base)
         if url.scheme not in ("http", "https") or not url.host:
             raise FlywheelError(f"server.endpoint = {base!r} is no address such as http://HOST:8000/v1.")
