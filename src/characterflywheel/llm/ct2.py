@@ -34,7 +34,7 @@ from .base import Sampling
 from .chat_format import ChatFormat
 from .models import cache_folder
 from .shared_prefix import Segment
-from .token_sampler import Drawn, TokenSampler
+from .token_sampler import Drawn, TokenSampler, one_seed_each
 
 LOGIT_BYTES = 2**28
 """Room for the logits of one batch; they are kept until its last token, (rows, max_tokens, vocabulary) float32."""
@@ -88,8 +88,7 @@ class CTranslate2Model(TokenSampler):
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Drawn]]:
         """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        one_seed_each(prompts, seeds)
         results: list[list[Drawn]] = [[] for _ in prompts]
         if not prompts:
             return results

@@ -24,7 +24,7 @@ from .base import Sampling
 from .chat_format import ChatFormat
 from .connection import CONCURRENT, Endpoint
 from .shared_prefix import Segment
-from .token_sampler import Drawn, TokenSampler
+from .token_sampler import Drawn, TokenSampler, one_seed_each
 
 _ROUNDING = 1e-3  # by how much half precision may put a log-probability above 0
 _SAME = 0.05  # and how far it may put two that are the same apart
@@ -138,8 +138,7 @@ class EndpointModel(TokenSampler):
             SamplerGone: see `Endpoint.ask`.
             FlywheelError: the server refuses, or answers with other replies than asked for.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        one_seed_each(prompts, seeds)
         requests = [
             CompletionRequest(
                 model=self.model, prompt=(*head, *rest), n=n, max_tokens=sampling.max_tokens,

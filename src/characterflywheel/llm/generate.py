@@ -16,7 +16,7 @@ from .base import Sampling
 from .chat_format import ChatFormat
 from .native import end_tokens, load_model
 from .shared_prefix import Segment
-from .token_sampler import Drawn, TokenSampler
+from .token_sampler import Drawn, TokenSampler, one_seed_each
 
 
 class TransformersModel(TokenSampler):
@@ -51,8 +51,7 @@ class TransformersModel(TokenSampler):
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Drawn]]:
         """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        one_seed_each(prompts, seeds)
         torch.set_num_threads(self.threads)
         results: list[list[Drawn]] = [[] for _ in prompts]
         size = max(1, self.batch_replies // n)

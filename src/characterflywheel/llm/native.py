@@ -21,7 +21,7 @@ from .chat_format import ChatFormat
 from .decoder_weights import Weights, weights
 from .forest import Segment, plant
 from .shared_prefix import check_family
-from .token_sampler import Drawn, TokenSampler
+from .token_sampler import Drawn, TokenSampler, one_seed_each
 
 BLOCK = 128
 NUCLEUS = 256  # a top-p nucleus is looked for among this many most likely tokens
@@ -84,8 +84,7 @@ class NativeModel(TokenSampler):
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Drawn]]:
         """Token ids and log-probabilities of `n` replies to each tokenised prompt."""
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        one_seed_each(prompts, seeds)
         torch.set_num_threads(self.threads)
         results: list[list[Drawn]] = [[] for _ in prompts]
         slots = max(1, self.batch_replies // n)

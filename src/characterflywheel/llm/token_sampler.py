@@ -44,3 +44,9 @@ class TokenSampler(ABC):
         prompts = [self.format.prompt(c) for c in conversations]
         drawn = self.sample(prompts, n=n, sampling=sampling, seeds=seeds, on_progress=on_progress)
         return [[self.format.completion(ids, logs, self.ends) for ids, logs in replies] for replies in drawn]
+
+
+def one_seed_each(prompts: Sequence[object], seeds: Sequence[int]) -> None:
+    """Raises ValueError where there are not as many seeds as prompts."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")

@@ -17,7 +17,7 @@ from ..errors import FlywheelError
 from .base import Sampling
 from .chat_format import ChatFormat
 from .shared_prefix import Segment
-from .token_sampler import Drawn, TokenSampler
+from .token_sampler import Drawn, TokenSampler, one_seed_each
 
 
 class VLLMModel(TokenSampler):
@@ -60,8 +60,7 @@ class VLLMModel(TokenSampler):
         Raises:
             FlywheelError: vLLM gave another number of replies, or one without its log-probabilities.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        one_seed_each(prompts, seeds)
         how = [
             _package().SamplingParams(
                 n=n, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
