@@ -255,6 +255,10 @@ def _stacked(parts: Sequence[tuple[Tensor, Tensor | None]], dtype: torch.dtype) 
     return Linear(torch.cat([w for w, _ in parts]), bias, dtype)
 
 
+def _layers(model: Any) -> Any:
+    return model.encoder.layer if model.config.model_type in prefix_encoder.FAMILY else model.layers
+
+
 def _llama(model: Any, dtype: torch.dtype) -> list[LlamaLayer]:
     def one(layer: Any) -> LlamaLayer:
         config, a, mlp = model.config, layer.self_attn, layer.mlp
@@ -267,7 +271,7 @@ def _llama(model: Any, dtype: torch.dtype) -> list[LlamaLayer]:
             down=Linear(*affine(mlp.down_proj), dtype),
         )  # fmt: skip
 
-    return [one(layer) for layer in model.layers]
+    return [one(layer) for layer in _layers(model)]
 
 
 def _paired(part: Any, size: int) -> tuple[Tensor, Tensor | None]:
@@ -275,10 +279,6 @@ def _paired(part: Any, size: int) -> tuple[Tensor, Tensor | None]:
     weight, bias = affine(part)
     order = torch.arange(len(weight), device=weight.device).view(-1, 2, size // 2).transpose(1, 2).flatten()
     return weight[order], None if bias is None else bias[order]
-
-
-def _layers(model: Any) -> Any:
-    return model.encoder.layer if model.config.model_type in prefix_encoder.FAMILY else model.layers
 
 
 def _bert(model: Any, dtype: torch.dtype) -> list[BertLayer]:
@@ -295,4 +295,4 @@ def _bert(model: Any, dtype: torch.dtype) -> list[BertLayer]:
             after=norm(layer.output.LayerNorm),
         )  # fmt: skip
 
-    return [one(layer) for layer in model.encoder.layer]
+    return [one(layer) for layer in _layers(model)]
