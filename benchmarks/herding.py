@@ -63,7 +63,7 @@ RL = RLConfig(
 )
 ARMS = {
     "grpo": Arm(),
-    "online_dpo": Arm(changes={"algorithm": "online_dpo"}),
+    "online_dpo": Arm(changes={"algorithm": "online_dpo", "learning_rate": 1e-4}),
     "random": Arm(by="random"),
     "stale": Arm(stale=True),
     "pushed": Arm(changes={"learning_rate": 3e-4, "steps": 24}),
