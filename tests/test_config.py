@@ -41,6 +41,7 @@ def test_a_preset_fills_what_the_file_does_not_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["", 'preset = "tiny"\n'])
 def test_a_live_product_has_no_world(start: str, tmp_path: Path) -> None:
     assert load(written(tmp_path, start + "world = false\n")).world is None
+    assert load(written(tmp_path, "world = true\n")) == FlywheelConfig()
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,13 @@ def test_a_live_product_has_no_world(start: str, tmp_path: Path) -> None:
         ("[sft\n", "is not valid TOML"),
         (
             "[curate]\nannotate_share = 0.6\ntrain_share = 0.3\nevaluate_share = 0.2\n",
-            r"annotate_share \+ train_share \+ evaluate_share == 1.1, must be < 1",
+            r"toml: curate: annotate_share \+ train_share \+ evaluate_share == 1.1, must be < 1",
         ),
+        ("[rl]\nratio_max = 1.1\n", r"toml: rl: ratio_max == 1.1, must be >= 1 \+ clip_high == 1.28"),
+        ("[rl]\nclip_low = 2\n", "rl.clip_low = 2: Input should be less than 1"),
+        ("[rl]\nlearning_rate = inf\n", "rl.learning_rate = inf: Input should be a finite number"),
+        ('[rl.alarms]\nevery = 0\nstop = ["kl"]\n', r"toml: rl.alarms: stop == \['kl'\], but every == 0"),
+        ('[rl.alarms]\nstop = ["gold"]\n', r"toml: rl.alarms.stop == \['gold'\], but reward.gold_share == 0"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(text: str, says: str, tmp_path: Path) -> None:
@@ -85,3 +91,20 @@ def test_configuration_loads_no_torch() -> None:
     code = "import sys, characterflywheel.config; print({'torch', 'transformers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("held", "world", "decision", "meets"),
+    [
+        ("simulated", True, "hold", True), ("simulated", False, "hold", False), ("simulated", False, "ship", True),
+        ("experiment", False, "hold", True), ("stop", True, "hold", False), ("experiment", True, "reject", False),
+    ],
+)  # fmt: skip
+def test_who_meets_a_model_that_was_held(held: str, world: bool, decision: str, meets: bool, tmp_path: Path) -> None:
+    """The README's recipe takes a preset made for simulated users: people never meet what its gate held."""
+    from characterflywheel.generation import may_meet_users  # noqa: PLC0415 - torch
+
+    found = load(written(tmp_path, f'world = {str(world).lower()}\n[gate]\nheld = "{held}"'))
+    assert may_meet_users(found, decision) == meets
+    quick = load(written(tmp_path, 'preset = "quick"\nworld = false'))
+    assert not may_meet_users(quick, "hold")

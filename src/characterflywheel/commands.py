@@ -73,6 +73,12 @@ def plan(workspace: Workspace, generations: int) -> None:
     runner = Runner(workspace.artifacts)
     for stage in generation.plan(workspace, config, generations):
         print(f"{'complete' if runner.is_complete(stage) else 'to do':<9} {stage.folder_name}")
+    if (complete := len(ledger.read(workspace.ledger))) >= generations:
+        print(
+            f"\ngeneration {generations} was turned before and is not turned again: what is to do above is what these "
+            f"settings would have made of it; they count from `flywheel run {workspace.root} --generations "
+            f"{complete + 1}`"
+        )
 
 
 def show_experiment(workspace: Workspace, number: int | None, as_json: bool) -> None:

@@ -155,7 +155,8 @@ def turn(
 
 def may_meet_users(config: FlywheelConfig, decision: str) -> bool:
     """A model that ships does; one that is held does where `gate.held` says that users decide; a rejected one never."""
-    return decision == "ship" or (decision == "hold" and config.gate.held == "experiment")
+    users_decide = config.gate.held == "experiment" or (config.gate.held == "simulated" and config.world is not None)
+    return decision == "ship" or (decision == "hold" and users_decide)
 
 
 def plan(workspace: Workspace, config: FlywheelConfig, number: int) -> tuple[Stage[Any], ...]:

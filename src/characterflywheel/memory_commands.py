@@ -89,9 +89,11 @@ def _lines(plans: Sequence[StagePlan], shape: Shape, machine: Machine, processes
         f"{'GiB of one ' + of:<24}" + "".join(f"{plan.stage:>10}" for plan in plans),
     ]
     for name in (
-        "weights", "optimiser", "gathered", "gradients", "activations", "copies", "decoding", "total",
+        "weights", "optimiser", "gathered", "gradients", "activations", "copies", "judges", "decoding", "total",
     ):  # fmt: skip
-        label = {"gathered": "weights in use", "copies": "sampler, reference"}.get(name, name)
+        label = {"gathered": "weights in use", "copies": "sampler, reference", "judges": "reward models"}.get(
+            name, name
+        )
         lines.append(f"{label:<24}" + "".join(f"{getattr(plan.memory, name) / GIB:>10.2f}" for plan in plans))
     lines.append(f"{'fits':<24}" + "".join(f"{'yes' if plan.fits else 'NO':>10}" for plan in plans))
     rows = {

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -198,6 +199,9 @@ def release_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
+    torch = sys.modules.get("torch")  # who has not loaded it holds no GPU's memory
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> None:

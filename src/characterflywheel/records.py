@@ -224,8 +224,8 @@ class Rollout(Record):
     neither best nor worst) and its step was not looked at. `score` is the reward model's, `reward` what was learnt
     from: the score and the weighted terms `length`, `repetition` and `style` (None where nobody measured them);
     `features` are the values behind `style`, in the order of `rl.terms`. A reply that safety refused for `vetoed` has
-    its group's lowest reward, one that is `cut_off` met `max_tokens`. `advantage` is GRPO's. `version` counts the
-    updates behind the weights that drew it, fewer than the learner had made where the sampler lagged.
+    less than any of its group that was allowed, one that is `cut_off` met `max_tokens`. `advantage` is GRPO's.
+    `version` counts the updates behind the weights that drew it, fewer than the learner had made where it lagged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # engines report NaN at times

@@ -170,7 +170,7 @@ def test_gold_must_not_fall_while_the_proxy_rises(proxy: float, gold: float, pas
     decision = decide(CONFIG, gained(proxy, gold))
     assert decision.decision == ("ship" if passed else "hold")
     criterion = decision.criteria[-1]
-    assert (criterion.name, criterion.passed, criterion.severity) == ("gold reward follows the proxy", passed, "hold")
+    assert (criterion.name, criterion.passed, criterion.severity) == ("gold reward not shown to fall", passed, "hold")
     assert criterion.note.startswith(f"proxy {proxy:+.2f}, gold {gold:+.2f} [")
     assert ("games its reward" in criterion.note) is not passed
 
@@ -178,8 +178,8 @@ def test_gold_must_not_fall_while_the_proxy_rises(proxy: float, gold: float, pas
 def test_gold_that_was_asked_for_must_be_measured_and_else_is_no_criterion() -> None:
     decision = decide(CONFIG, gained(0.4, None))
     assert decision.decision == "hold"
-    assert failed(decision) == {"gold reward follows the proxy": "not measured: all replies have the same score"}
-    assert "gold reward follows the proxy" not in {c.name for c in decide(CONFIG, GOOD).criteria}
+    assert failed(decision) == {"gold reward not shown to fall": "not measured: all replies have the same score"}
+    assert "gold reward not shown to fall" not in {c.name for c in decide(CONFIG, GOOD).criteria}
 
 
 @pytest.mark.parametrize(("accuracy", "why"), [
@@ -197,14 +197,14 @@ def test_a_gold_model_that_may_guess_has_measured_nothing(gold: float, accuracy:
     decision = decide(CONFIG, gained(0.4, gold, accuracy=accuracy))
     assert (decision.decision, decision.criteria[-1].passed) == ("hold", None)
     assert decision.criteria[-1].value == Estimate(value=None, n=16, reason=why)
-    assert failed(decision) == {"gold reward follows the proxy": f"not measured: {why}"}
+    assert failed(decision) == {"gold reward not shown to fall": f"not measured: {why}"}
 
 
 def test_a_curve_without_points_is_no_evidence() -> None:
     none = nothing("rl", "no rollout is left")
     decision = decide(CONFIG, GOOD.model_copy(update={"gained": Gained.of(none, KNOWS)}))
     assert decision.decision == "hold"
-    assert failed(decision) == {"gold reward follows the proxy": "not measured: no rollout is left"}
+    assert failed(decision) == {"gold reward not shown to fall": "not measured: no rollout is left"}
 
 
 def test_an_alarm_of_rl_holds_where_it_rings_at_the_last_look_and_passes_where_it_is_silent() -> None:

@@ -50,4 +50,10 @@ def train_with_every_checkpoint(folder: Path, parent: Path, config: RLConfig) ->
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
+    """A line a step, without that of the end."""
+    return [line for line in lines(folder) if "skipped" in line]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """A line a step, and that of the look at what the last one made."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]

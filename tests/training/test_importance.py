@@ -171,6 +171,8 @@ def test_token_weights_are_an_approximation_that_helps() -> None:
     assert off(level="sequence", truncate=None) < 1e-12
     assert 0.01 < token < 0.8 * none
     assert 0.01 < truncated < 0.8 * none
+    by_reply = off(level="sequence", truncate=2.0)
+    assert (none, token, by_reply) == pytest.approx((0.50, 0.27, 0.09), abs=0.01), "as docs/herding.md has it"
 
 
 # Divergence from the reference

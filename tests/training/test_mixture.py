@@ -65,6 +65,17 @@ def test_the_same_reply_to_the_same_prompt_is_learnt_once() -> None:
     assert offered == {"rewrite": (1, 1), "user": (3, 2)}
 
 
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_what_is_not_learnt_takes_nothing_from_what_is(near: float | None) -> None:
+    """The same exchange in a source of weight 0, first by id: its copy is the one that goes."""
+    rows = [example(1, "hi there", asked=0), example(3, "hi there", asked=0, source="rewrite")]
+    mixture = mix(rows, {"user": 0.0, "rewrite": 1.0}, epochs=1, seed=1, near=near)
+    assert [e.id for e in mixture.examples] == ["example-03"]
+    assert [(row.id, row.detail) for row in mixture.dropped] == [("example-01", "of example-03")]
+    capped = mix(rows, dict.fromkeys(SOURCES, 1.0), epochs=1, seed=1, near=near, max_examples={"user": 0})
+    assert [e.id for e in capped.examples] == ["example-03"]
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_order_follows_the_seed_and_not_the_input(seed: int) -> None:
     first = mix(examples(), WEIGHTS, 2, seed)

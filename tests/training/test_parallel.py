@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import together
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import AutoModelForCausalLM
 
 from characterflywheel.errors import FlywheelError
@@ -176,3 +177,20 @@ def test_a_copy_a_machine(root: Path, alone: dict[str, list[float]]) -> None:
 def _train_one(parallel: Parallel, root: Path) -> list[float]:
     sharding.fast_dtype = lambda device="cpu": torch.float32
     return _train(parallel, root / "tied", root / "node", stop=1)
+
+
+def test_a_checkpoint_before_the_first_step_changes_no_step() -> None:
+    """torch would make AdamW's moments by a step of zero gradients, and count it: the next was a quarter smaller."""
+    updates: list[torch.Tensor] = []
+    for asked in (False, True):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimiser = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
+        if asked:
+            sharding._begin(optimiser)
+            assert float(optimiser.state[weight]["step"]) == 0
+            get_optimizer_state_dict(torch.nn.ParameterDict({"weight": weight}), optimiser)
+        for gradient in (1.0, -3.0):
+            weight.grad = torch.full((3,), gradient)
+            optimiser.step()
+        updates.append(weight.detach().clone())
+    assert torch.equal(*updates)

@@ -144,5 +144,5 @@ def test_a_killed_worker_s_stage_goes_on(
 
 def slowly(work: Work, *arguments: Any, **settings: Any) -> Any:
     """`train_sft` with a checkpoint after every step, so that there is something to go on from."""
-    learner.CHECKPOINT_SECONDS, learner.SAVING_SHARE = -1.0, 1e9
+    learner.CHECKPOINT_SECONDS, learner.SAVING_SECONDS = -1.0, 1e9
     return train_sft(work, *arguments, **settings)

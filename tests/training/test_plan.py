@@ -102,6 +102,10 @@ def test_decoding_and_copies_worked_by_hand() -> None:
     held = memory_of(EIGHT, rl, H100, Footprint(0, 0, 0))
     assert held.decoding == 4768 * 2 * 32 * 8 * 128 * 2 + 32 * 128_256 * 4
     assert held.copies == 2 * 2 * 8_030_261_248
+    anchored = memory_of(EIGHT, rl._replace(copies=0, reference=True), H100, Footprint(0, 0, 0))
+    assert anchored.copies == 4 * 8_030_261_248 / 8, "float32, split over 8 as the learner's"
+    judged = memory_of(EIGHT, rl._replace(judges=1e9), H100, Footprint(0, 0, 0))
+    assert judged.total - held.total == judged.judges == 4e9
     assert held.total == pytest.approx(held.weights + held.optimiser + held.copies + max(
         held.gathered + held.gradients + held.activations, held.decoding))  # fmt: skip
     rests = memory_of(EIGHT, rl._replace(copies=0, rested=1), H100, Footprint(0, 0, 0))
@@ -141,7 +145,7 @@ def test_presets_fit_what_they_are_made_for(name: str, tmp_path: Path) -> None:
     (tmp_path / "flywheel.toml").write_text(f'preset = "{name}"', "utf-8")
     loaded = config.load(tmp_path / "flywheel.toml")
     shape = read_shape(Path(loaded.models.base))
-    for one in settings_of(loaded):
+    for one in settings_of(loaded, shape):
         assert one.example.rows <= one.micro_batch_tokens
         # by a footprint above what was measured of either shape: 600 kB a layer and token at most
         generous = Footprint(*(one.example.rows * 2**19 for _ in range(3)))
@@ -150,4 +154,32 @@ def test_presets_fit_what_they_are_made_for(name: str, tmp_path: Path) -> None:
 
 
 def test_every_stage_is_planned() -> None:
-    assert [one.stage for one in settings_of(FlywheelConfig())] == ["sft", "dpo", "rl"]
+    assert [one.stage for one in settings_of(FlywheelConfig(), EIGHT)] == ["sft", "dpo", "rl"]
+
+
+@pytest.mark.parametrize(
+    ("rl", "reference"),
+    [({}, True), ({"alarms": {"every": 0}}, False), ({"alarms": {"every": 0}, "algorithm": "online_dpo"}, True),
+     ({"alarms": {"every": 0}, "kl_weight": 0.1}, True), ({"lora_rank": 8}, False)],
+)  # fmt: skip
+def test_rl_s_reference_is_planned_where_there_is_one(rl: dict[str, Any], reference: bool) -> None:
+    """For looks, online DPO or a KL term; adapters have their start in the same weights."""
+    assert list(settings_of(FlywheelConfig.model_validate({"rl": rl}), EIGHT))[2].reference == reference
+
+
+def test_reward_models_are_planned_unless_a_server_has_them() -> None:
+    """Six layers and one embedding each: pointwise and pairwise, and gold where one is taught."""
+    each = 6 * EIGHT.layer + EIGHT.embedding
+    for reward, count in (({}, 2), ({"gold_share": 0.2}, 3), ({"server": "http://scores:8766"}, 0)):
+        assert list(settings_of(FlywheelConfig.model_validate({"reward": reward}), EIGHT))[2].judges == count * each
+
+
+def test_a_remedy_that_is_followed_fits() -> None:
+    """8B with adapters on 62 GB, sampled from here: what is proposed is planned again."""
+    rl = setting(
+        stage="rl", example=Example(1024, 256, 8), micro_batch_tokens=3072, lora_rank=16, processes=1, sharding="none",
+        examples_per_step=32, sampled=(16, 8), rested=1, judges=5e9,
+    )  # fmt: skip
+    small = H100._replace(memory=62e9)
+    assert plan(EIGHT, rl, small).remedy == 'rl.sampler.kind = "endpoint", reward.server = "http://HOST:8766"'
+    assert plan(EIGHT, rl._replace(sampled=None, rested=0, judges=0.0), small).fits

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from training_fixture import prompt
@@ -14,6 +15,7 @@ from characterflywheel.records import ChatMessage
 from characterflywheel.reward.remote import Connection, RemoteScorer
 from characterflywheel.reward.wire import Card, Limits
 from characterflywheel.safety.policy import SafetyPolicy
+from characterflywheel.training.policy_gradient import Pair, advantages, best_against_worst
 from characterflywheel.training.rl.rewards import Terms, length_term
 from tiny_model import says
 
@@ -91,15 +93,25 @@ def test_the_length_term_is_soft_and_bounded(words: int, low: int, wide: int) ->
     assert length_term("x " * nearer, False, low, low + wide) >= value
 
 
-def test_a_refused_reply_has_its_group_s_lowest_reward() -> None:
-    """The lowest is that of all rewards, terms included; a refused reply below all others keeps its own."""
-    config = TermsConfig(style={"questions": -2.0})
+def test_a_refused_reply_lies_below_all_that_are_allowed() -> None:
+    """Of rewards, terms included: 1 - 2 is the lowest allowed of the first group, 1 of the second; each less 0.5."""
+    config = TermsConfig(style={"questions": -2.0}, veto_margin=0.5)
     terms = Terms(Fixed([5.0, 1.0, 2.0], [0.0, 1.0, 2.0]), refuses("bad"), config)
     judged = terms.judge([prompt(0), prompt(1)], [["bad", "well?", "good"], ["bad", "fine", "good"]], STOP * 2)
-    assert [[one.reward for one in mine] for mine in judged] == [[-1.0, -1.0, 2.0], [0.0, 1.0, 2.0]]
+    assert [[one.reward for one in mine] for mine in judged] == [[-1.5, -1.0, 2.0], [0.5, 1.0, 2.0]]
     assert [[one.vetoed for one in mine] for mine in judged] == [["harm", None, None]] * 2
     assert judged[0][0].score == 5.0, "the score is told as it was"
     assert terms.metrics(judged)["vetoed_share"] == pytest.approx(1 / 3)
+
+
+def test_what_the_reward_model_likes_is_unlearnt_where_safety_refuses_it() -> None:
+    """Three refused replies that it likes, and one allowed that it does not: that one is the best, by GRPO and DPO."""
+    terms = Terms(Fixed([-1.0, 3.0, 2.5, 2.0]), refuses("bad"), TermsConfig())
+    (judged,) = terms.judge([prompt(0)], [["good", "bad", "bad", "bad"]], [["stop"] * 4])
+    rewards = torch.tensor([[one.reward for one in judged]])
+    assert rewards.tolist() == [[-1.0, -2.0, -2.0, -2.0]]
+    assert advantages(rewards)[0].sign().tolist() == [1.0, -1.0, -1.0, -1.0]
+    assert best_against_worst(rewards) == [Pair(best=0, worst=1)]
 
 
 def test_a_group_that_is_refused_as_a_whole_teaches_nothing() -> None:
@@ -143,7 +155,7 @@ def test_settings_are_checked_where_they_are_read() -> None:
         TermsConfig(max_words=3)
     with pytest.raises(ValueError, match=r"style feature 'emoji' is unknown; did you mean 'emojis'\?"):
         TermsConfig(style={"emoji": -1.0})
-    with pytest.raises(ValueError, match=r"weight of 'tea' is inf, must be finite"):
+    with pytest.raises(ValueError, match=r"phrases\.tea\n  Input should be a finite number"):
         TermsConfig(phrases={"tea": math.inf})
     with pytest.raises(FlywheelError, match=r"phrase ' ' is empty"):
         TermsConfig(phrases={" ": 1.0})

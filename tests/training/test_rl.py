@@ -105,17 +105,19 @@ def test_groups_of_equal_rewards_change_nothing(tiny_folder: Path, tmp_path: Pat
     assert same_weights(tmp_path / "model", tiny_folder)
 
 
-def test_an_unsafe_reply_earns_no_more_than_the_worst(tiny_folder: Path, tmp_path: Path) -> None:
-    """The scorer likes just what the policy refuses, so every group ends equal and nothing is learnt."""
+def test_an_unsafe_reply_earns_less_than_any_that_is_safe(tiny_folder: Path, tmp_path: Path) -> None:
+    """The scorer likes just what the policy refuses: that is what is unlearnt."""
 
     def harm(text: str, context: str) -> tuple[str, ...]:
         return ("harm",) if len(text) % 2 else ()
 
     liked = Judged(lambda text: float(len(text) % 2))
-    assert train(tmp_path / "free", tiny_folder, FEW, liked).equal_groups < 4
-    summary = train(tmp_path / "safe", tiny_folder, FEW, liked, SafetyPolicy(classifiers=(harm,)))
-    assert summary.equal_groups == 8
-    assert same_weights(tmp_path / "safe" / "model", tiny_folder)
+    train(tmp_path, tiny_folder, FEW, liked, SafetyPolicy(classifiers=(harm,)))
+    rows = tables.read(tmp_path / "rollouts.parquet", Rollout)
+    mixed = [r for r in rows if r.advantage]
+    assert {(r.score, r.reward) for r in mixed} == {(1.0, -1.0), (0.0, 0.0)}
+    assert all((r.advantage < 0) == (r.vetoed is not None) for r in mixed if r.advantage is not None)
+    assert {r.vetoed for r in mixed} == {None, "harm"}
 
 
 def test_a_reply_is_judged_as_the_answer_to_its_prompt(tiny_folder: Path, tmp_path: Path) -> None:
@@ -187,8 +189,9 @@ def test_every_rollout_is_kept_with_the_samplers_logprobs(tiny_folder: Path, tmp
         group = rows[at : at + FEW.group]
         assert len({r.prompt_id for r in group}) == 1
         assert [r.score for r in group] == pytest.approx([LETTERS.rule(r.text) for r in group])
-        worst = min(r.score for r in group)
-        assert [r.reward for r in group] == [worst if "a" in r.text else r.score for r in group]
+        allowed = [r.score for r in group if "a" not in r.text]
+        below = min(allowed) - 1 if allowed else min(r.score for r in group)
+        assert [r.reward for r in group] == pytest.approx([below if "a" in r.text else r.score for r in group])
     model, tokenizer = load_model(tiny_folder, torch.float32)
     form, asks = ChatFormat(tokenizer, FEW.max_prompt_tokens), {p.id: p.messages for p in PROMPTS}
     first = [r for r in rows if r.step == 1]

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_fixture import ANYTHING, PROMPTS, Judged, letters, metrics, train
+import torch
+from rl_fixture import ANYTHING, PROMPTS, UNWATCHED, Judged, letters, lines, train
+from safetensors.torch import load_file
 
 from characterflywheel import tables
 from characterflywheel.config import RLAlarmsConfig, RLConfig, SamplerConfig
@@ -13,6 +15,7 @@ from characterflywheel.errors import FlywheelError
 from characterflywheel.pipeline import Work
 from characterflywheel.records import Dropped, Rollout
 from characterflywheel.training.rl import train_rl
+from characterflywheel.training.rl.watch import Look
 from tiny_model import asks, tiny_llama, tiny_tokenizer
 
 CONFIG = RLConfig(
@@ -31,9 +34,10 @@ def test_entropy_that_collapses_rings_though_no_group_teaches_any_more(tmp_path:
         alarms=RLAlarmsConfig(every=1, kl_max=1e9),
     )  # fmt: skip
     summary = train(tmp_path / "run", parent, config, Judged(lambda text: float("s" in text)))
-    rows, rollouts = metrics(tmp_path / "run"), tables.read(tmp_path / "run" / "rollouts.parquet", Rollout)
+    rows, rollouts = lines(tmp_path / "run"), tables.read(tmp_path / "run" / "rollouts.parquet", Rollout)
     assert any(row["equal_groups"] == 2 for row in rows[-4:])
-    for step, row in enumerate(rows, 1):
+    assert [row["step"] for row in rows] == list(range(1, 16)), "the last is of what step 14 made"
+    for step, row in enumerate(rows[:-1], 1):
         logs = [value for r in rollouts if r.step == step for value in r.logprobs]
         assert row["entropy"] == pytest.approx(-sum(logs) / len(logs))
     mean = sum(row["entropy"] for row in rows[-4:]) / sum(row["entropy"] for row in rows[:4])
@@ -41,14 +45,35 @@ def test_entropy_that_collapses_rings_though_no_group_teaches_any_more(tmp_path:
     assert mean < 0.5
     assert "entropy" in {one.kind for one in summary.alarms}
     (entropy,) = (one for one in summary.watched if one.kind == "entropy")
-    assert (entropy.step, entropy.says) == (14, f"entropy {mean:.0%} of the first steps'")
-    assert summary.entropy == rows[-1]["entropy"]
+    assert (entropy.step, entropy.says) == (15, f"entropy {mean:.0%} of the first steps'")
+    assert summary.entropy == rows[-2]["entropy"]
 
 
-def test_one_step_has_no_course_of_entropy(tiny_folder: Path, tmp_path: Path) -> None:
-    summary = train(tmp_path, tiny_folder, CONFIG.model_copy(update={"steps": 1}))
-    (entropy,) = (one for one in summary.watched if one.kind == "entropy")
-    assert (entropy.measured.value, entropy.measured.reason) == (None, "1 steps, at least two are needed")
+def test_what_the_last_step_made_is_looked_at(tiny_folder: Path, tmp_path: Path) -> None:
+    """A run of one step: its own look would set the start against itself. Nothing learns from the replies of the end,
+    and it asks as many prompts as there are, up to eight."""
+    config = CONFIG.model_copy(update={"steps": 1})
+    summary = train(tmp_path / "watched", tiny_folder, config)
+    first, end = lines(tmp_path / "watched")
+    assert "kl_to_start" not in first
+    assert end["kl_to_start"] != 0
+    assert {(one.step, one.kind) for one in summary.watched} == {(2, "kl"), (2, "entropy"), (2, "win_rate")}
+    looks = tables.read(tmp_path / "watched" / "looks.parquet", Look)
+    assert [(one.step, one.prompt_id) for one in looks] == [(2, PROMPTS[i].id) for i in (3, 4, 5, 0, 1, 2)]
+    assert {r.step for r in tables.read(tmp_path / "watched" / "rollouts.parquet", Rollout)} == {1}
+    train(tmp_path / "unwatched", tiny_folder, config.model_copy(update={"alarms": UNWATCHED}))
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("watched", "unwatched")]
+    assert weights[0] == weights[1], "who is looked at is not changed by it"
+
+
+def test_an_end_that_rings_is_thrown_away(tiny_folder: Path, tmp_path: Path) -> None:
+    alarms = RLAlarmsConfig(every=2, kl_max=1e-9, stop=("kl",))
+    summary = train(tmp_path, tiny_folder, CONFIG.model_copy(update={"steps": 1, "alarms": alarms}))
+    assert summary.stopped is not None
+    assert (summary.stopped.step, summary.stopped.kept_step) == (2, 1)
+    assert "went back after 1 steps: KL to the start" in summary.line()
+    kept, parent = load_file(tmp_path / "model" / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
+    assert all(torch.equal(kept[name], parent[name]) for name in parent)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "online_dpo"])
@@ -58,11 +83,11 @@ def test_replies_that_teach_nothing_are_read_by_the_learner_too(
     """By int8, which drew them, they would be a distance from a start that nothing has moved from yet."""
     pytest.importorskip("ctranslate2", reason="the optional package ctranslate2 is not installed")
     config = RLConfig.model_validate(
-        CONFIG.model_dump() | {"algorithm": algorithm, "steps": 1, "sampler": SamplerConfig(kind="ctranslate2")}
+        CONFIG.model_dump() | {"algorithm": algorithm, "sampler": SamplerConfig(kind="ctranslate2")}
     )
     train(tmp_path, tiny_folder, config, Judged(lambda text: 1.0))
-    assert metrics(tmp_path)[0]["kl_to_start"] == 0
-    rollouts = tables.read(tmp_path / "rollouts.parquet", Rollout)
+    assert [row.get("kl_to_start") for row in lines(tmp_path)] == [0, None, 0]
+    rollouts = [r for r in tables.read(tmp_path / "rollouts.parquet", Rollout) if r.step == 1]
     assert all(r.learner_logprobs is not None for r in rollouts)
     assert max(abs(a - b) for r in rollouts for a, b in zip(r.logprobs, r.learner_logprobs or (), strict=True)) > 0
 

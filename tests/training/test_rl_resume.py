@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from killed import At, kill
-from rl_fixture import Judged, letters, train, train_with_every_checkpoint
+from rl_fixture import PROMPTS, Judged, letters, train, train_with_every_checkpoint
 from training_fixture import Killed, dies_at
 
 from characterflywheel.config import RLAlarmsConfig, RLConfig
@@ -40,6 +40,7 @@ POINTS = [
     (At("characterflywheel.llm.native:Decoder.step", 3), pytest.mark.slow),  # while the start is drawn
     (At("torch:save", 3, "after"), pytest.mark.slow),
     (At(f"{RL}.rollouts:write_atomically", 6, "halfway"), pytest.mark.slow),
+    (At(f"{RL}.rollouts:Rollouts.learnt", 3, "after"), ()),  # between the end's replies and the look at them
     (At(f"{RL}.watch:look", 2), pytest.mark.slow),
     (At("characterflywheel.tables:write", 2), pytest.mark.slow),  # all is trained
 ]
@@ -74,7 +75,8 @@ def test_a_run_that_left_no_checkpoint_is_replayed_to_the_same_bytes(tiny_folder
     assert not (tmp_path / "killed" / ".partial" / "learner.pt").exists()
     asked = Judged(letters)
     train(tmp_path / "killed", tiny_folder, config, asked)
-    assert asked.asked == config.prompts_per_step * config.group, "the last step's; the others were scored before"
+    left = (config.prompts_per_step + len(PROMPTS)) * config.group
+    assert asked.asked == left, "the last step's and the end's; the others were scored before"
     assert _hashes(tmp_path / "killed") == _hashes(tmp_path / "whole")
 
 
@@ -110,7 +112,7 @@ def test_when_the_reward_model_is_gone_its_rollouts_are_kept(
     assert kept.read_bytes() == drawn
     again = Judged(letters)
     train(tmp_path, tiny_folder, CONFIG, again)
-    assert again.asked == CONFIG.prompts_per_step * CONFIG.group
+    assert again.asked == (CONFIG.prompts_per_step + len(PROMPTS)) * CONFIG.group, "the second step's and the end's"
     assert _hashes(tmp_path) == whole
 
 
@@ -130,5 +132,5 @@ def test_when_the_sampler_is_gone_a_rerun_goes_on(
     assert (tmp_path / ".partial" / "learnt-000001.jsonl").exists()
     again = Judged(letters)
     train(tmp_path, tiny_folder, CONFIG, again)
-    assert again.asked == CONFIG.prompts_per_step * CONFIG.group, "the first step was scored before"
+    assert again.asked == (CONFIG.prompts_per_step + len(PROMPTS)) * CONFIG.group, "the first step was scored before"
     assert _hashes(tmp_path) == whole

@@ -154,8 +154,8 @@ def test_a_look_by_hand() -> None:
 
 
 def test_which_steps_are_looked_at() -> None:
-    assert [s for s in range(1, 11) if looks_at(s, 10, 4)] == [4, 8, 10]
-    assert [s for s in range(1, 11) if looks_at(s, 10, 0)] == []
+    assert [s for s in range(1, 12) if looks_at(s, 10, 4)] == [4, 8, 11]
+    assert [s for s in range(1, 12) if looks_at(s, 10, 0)] == []
 
 
 def test_entropy_is_compared_between_steps_that_do_not_overlap() -> None:
@@ -217,6 +217,34 @@ def test_where_gold_does_not_move_a_run_of_many_looks_rarely_rings() -> None:
                 rang += 1
                 break
     assert rang <= 4
+
+
+@pytest.mark.parametrize("prompts", [4, 16])
+def test_a_win_rate_rings_near_its_bound(prompts: int) -> None:
+    """The paper's failed V12 had 70.7%: each prompt is the mean of many pairs, not a yes or no."""
+    rows = [one for i in range(prompts) for one in looked_at(i, 0.707 + (0.04 if i % 2 else -0.04))]
+    seen = see(rows, [], [], window=4, planned=1)
+    assert rung(seen) == ["win_rate"]
+    assert rung(see([one for i in range(prompts) for one in looked_at(i, 0.64)], [], [], window=4, planned=1)) == []
+    alone = see(looked_at(0, 0.9), [], [], window=4, planned=1)
+    assert rung(alone) == []
+
+
+def looked_at(i: int, win_rate: float) -> list[Look]:
+    return [look(1, prompt(i), [0.0], [1.0], [0.0]).model_copy(update={"win_rate": win_rate})]
+
+
+@pytest.mark.parametrize("prompts", [4, 8])
+def test_where_nothing_changes_a_win_rate_rarely_rings(prompts: int) -> None:
+    """6 replies against 4 of the same kind, each prompt of its own difficulty: of 300 runs of 4 prompts 4 rang, of 8
+    2."""
+    rng, rang = np.random.default_rng(0), 0
+    for _ in range(300):
+        rows = [
+            look(1, prompt(i), [0.0], rng.normal(size=6).tolist(), rng.normal(size=4).tolist()) for i in range(prompts)
+        ]
+        rang += "win_rate" in rung(see(rows, [], [], window=4, planned=1))
+    assert rang <= 8
 
 
 def test_style_s_discoveries_are_as_rare_in_a_run_as_in_one_look() -> None:

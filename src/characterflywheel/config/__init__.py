@@ -6,10 +6,11 @@ known one. This module imports neither torch nor transformers.
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from ..errors import FlywheelError
 from .base import Section
@@ -83,6 +84,15 @@ class FlywheelConfig(Section):
     gate: GateConfig = GateConfig()
     experiment: ExperimentConfig = ExperimentConfig()
 
+    @model_validator(mode="after")
+    def _gold_can_ring(self) -> Self:
+        if "gold" in self.rl.alarms.stop and not self.reward.gold_share:
+            raise ValueError(
+                f"rl.alarms.stop == {list(self.rl.alarms.stop)}, but reward.gold_share == 0: there is no gold model; "
+                "give it a share of the users, 0.2 say, or leave it out"
+            )
+        return self
+
 
 def preset_names() -> list[str]:
     """The presets that ship with the package."""
@@ -103,8 +113,8 @@ def load(path: Path) -> FlywheelConfig:
         if not source.exists():
             raise FlywheelError(f"{path}: preset {preset!r} does not exist; there are {', '.join(preset_names())}.")
         values = _merge(tomllib.loads(source.read_text(encoding="utf-8")), values)
-    if values.get("world") is False:
-        values["world"] = None
+    if isinstance(values.get("world"), bool):
+        values["world"] = {} if values["world"] else None
     try:
         return FlywheelConfig.model_validate(values)
     except ValidationError as error:
@@ -135,4 +145,6 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
         known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(section.model_fields)}."
         return f"unknown key {where!r}; {known}"
+    if isinstance(first["input"], Mapping | Section):  # of several values together, which the message names
+        return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}."
     return f"{where} = {first['input']!r}: {first['msg']}."

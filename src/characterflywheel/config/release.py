@@ -47,11 +47,13 @@ class StyleConfig(Section):
 class GateConfig(Section):
     """Bounds a release must respect (PAPER section 8)."""
 
-    held: Literal["stop", "experiment"] = Field(
-        "stop", description="whether a model that is held, not rejected, may still meet users in its experiment's arm"
+    held: Literal["stop", "simulated", "experiment"] = Field(
+        "stop",
+        description="whether a model that is held, not rejected, may still meet users in its experiment's arm: never, "
+        "where the users are simulated, always",
     )
-    win_rate_min: float = 0.5
-    win_rate_alarm: float = 0.65
+    win_rate_min: float = Field(0.5, ge=0, lt=1)
+    win_rate_alarm: float = Field(0.65, gt=0, le=1)
     win_rate_gap_max: float = Field(0.15, description="user against internal win rate: further apart is a warning")
     max_metric_worsening: float = Field(0.1, description="absolute rise of a bad production metric")
     max_steerability_worsening: float = Field(0.05, description="absolute, of following and of violation")

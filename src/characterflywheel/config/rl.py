@@ -1,7 +1,6 @@
 """Online RL: its sampler, the terms of its reward, its alarms (PAPER sections 4, 5)."""
 
 import difflib
-import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -59,6 +58,9 @@ class TermsConfig(Section):
     repetition_weight: float = Field(
         0.0, ge=0, description="of minus the shares of word runs said before, in the reply and by the character earlier"
     )
+    veto_margin: float = Field(
+        1.0, gt=0, description="how far below its group's lowest allowed reward a reply lies that safety refuses"
+    )
     style: dict[str, float] = Field({}, description="weight of a style feature by name, e.g. emojis = -0.1")
     phrases: dict[str, float] = Field({}, description="weight of a phrase that a reply says")
 
@@ -66,9 +68,6 @@ class TermsConfig(Section):
     def _can_be_measured(self) -> Self:
         if self.max_words < self.min_words:
             raise ValueError(f"max_words == {self.max_words}, must be >= min_words == {self.min_words}")
-        for name, weight in (self.style | self.phrases).items():
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name!r} is {weight}, must be finite")
         if self.style or self.phrases:
             from ..style.features import FEATURES, phrase_features  # noqa: PLC0415 - only where they are asked for
 
@@ -83,7 +82,9 @@ class TermsConfig(Section):
 class RLAlarmsConfig(Section):
     """When RL has gone too far, measured against its start on the same prompts (PAPER sections 5, 8)."""
 
-    every: int = Field(4, ge=0, description="steps from one look to the next; the last step is always looked at; 0: no")
+    every: int = Field(
+        4, ge=0, description="steps from one look to the next; what the last step made is always looked at; 0: no"
+    )
     window: int = Field(4, ge=1, description="looks that are pooled, the last so many")
     start_replies: int = Field(4, ge=1, description="replies of the start to each prompt that is looked at")
     kl_max: float = Field(10.0, gt=0, description="KL to the start, nats a reply")
@@ -93,6 +94,12 @@ class RLAlarmsConfig(Section):
     stop: tuple[Literal["kl", "entropy", "win_rate", "gold", "style"], ...] = Field(
         (), description="alarms that end training; the last weights looked at without one of them are kept"
     )
+
+    @model_validator(mode="after")
+    def _can_ring(self) -> Self:
+        if self.stop and not self.every:
+            raise ValueError(f"stop == {list(self.stop)}, but every == 0: nobody looks; set every, or stop = []")
+        return self
 
 
 class RLConfig(Section):
@@ -108,7 +115,7 @@ class RLConfig(Section):
     temperature: float = Field(0.8, gt=0)
     max_tokens: int = Field(48, ge=1)
     max_prompt_tokens: int = Field(192, ge=32)
-    clip_low: float = Field(0.2, gt=0)
+    clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
     ratio_max: float | None = Field(
         None, gt=1, description="upper bound of the ratio where the advantage is negative, which the clip leaves free"
@@ -162,11 +169,21 @@ class RLConfig(Section):
             raise ValueError(
                 f"updates_per_step == {self.updates_per_step}, must be <= prompts_per_step == {self.prompts_per_step}"
             )
+        if self.ratio_max is not None and self.ratio_max < 1 + self.clip_high:
+            raise ValueError(
+                f"ratio_max == {self.ratio_max:g}, must be >= 1 + clip_high == {1 + self.clip_high:g}: it bounds what "
+                "the clip leaves free"
+            )
         for name in ("token", "sequence"):
             low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
             if low is not None and high is not None and low >= high:
                 raise ValueError(f"{name}_low == {low:g}, must be < {name}_high == {high:g}")
         return self
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the start's weights are kept beside the learner's: for the loss, or for looks."""
+        return self.kl_weight > 0 or self.algorithm == "online_dpo" or self.alarms.every > 0
 
     @property
     def updates(self) -> int:

@@ -305,7 +305,7 @@ def _gold(evidence: GateEvidence) -> Iterator[Criterion]:
     """
     if evidence.gained is None:
         return
-    name, (proxy, gold) = "gold reward follows the proxy", (evidence.gained.proxy, evidence.gained.gold)
+    name, (proxy, gold) = "gold reward not shown to fall", (evidence.gained.proxy, evidence.gained.gold)
     doubt = no_judge(evidence.gained.accuracy)
     if proxy.value is not None and doubt is not None:
         yield _unmeasured(name, 0.0, Estimate(value=None, n=gold.n, reason=doubt))

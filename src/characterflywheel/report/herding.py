@@ -73,10 +73,9 @@ def rl_sentences(runs: Runs) -> list[str]:
             f"taught nothing; {words.count(found.rollouts)} replies were drawn in {words.count(found.steps)} steps."
         )
     if found.stopped is not None:
-        told.append(
-            f"Stopped at step {found.stopped.step}: {found.stopped.why}. The model kept is the one that drew step "
-            f"{found.stopped.kept_step}."
-        )
+        late = found.stopped.step > found.steps
+        how = "Went back after the last step" if late else f"Stopped at step {found.stopped.step}"
+        told.append(f"{how}: {found.stopped.why}. The model kept is the one that drew step {found.stopped.kept_step}.")
     if not runs.bounds.every:
         told.append("Nobody looked for over-optimisation while it ran.")
     elif not found.alarms:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..config import ParallelConfig
 from ..errors import FlywheelError
-from ..pipeline import Work
+from ..pipeline import Work, release_memory
 from ..progress import Advance
 
 S = TypeVar("S")
@@ -96,6 +96,7 @@ def spread(
         device = settings.get("device", "cpu")
         here, named = opened(arguments, settings, device)
         return function(work, *here, on_progress=on_progress, **named)
+    release_memory()  # the workers' GPUs are this process's too
     places = {name: work.partial / f"{name}.pickle" for name in ("job", "result", "failure")}
     for place in places.values():
         place.unlink(missing_ok=True)

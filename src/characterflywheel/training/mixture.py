@@ -138,7 +138,7 @@ def mix(
     """
     if max_token_share and tokens is None:
         raise FlywheelError(f"max_token_share = {dict(max_token_share)} needs a count of tokens: give `tokens`.")
-    sifted = distinct_of(examples, near)
+    sifted = distinct_of(examples, near, weights, max_examples or {})
     distinct: dict[ExampleSource, list[Example]] = {}
     for example in sifted.kept:
         distinct.setdefault(example.source, []).append(example)
@@ -173,8 +173,16 @@ class Sifted(NamedTuple):
     lost: list[Lost]
 
 
-def distinct_of(examples: Sequence[Example], near: float | None) -> Sifted:
-    """Examples by id without those that are there twice, or nearly; the first by id is kept."""
+def distinct_of(
+    examples: Sequence[Example],
+    near: float | None,
+    weights: Mapping[ExampleSource, float],
+    most: Mapping[ExampleSource, int],
+) -> Sifted:
+    """Examples by id without those that are there twice, or nearly; the first by id is kept.
+
+    Sources that are not learnt from come last, so that nothing is lost to what nobody reads.
+    """
     kept: list[Example] = []
     lost: list[Lost] = []
 
@@ -182,7 +190,7 @@ def distinct_of(examples: Sequence[Example], near: float | None) -> Sifted:
         lost.append(Lost.of(example, reason, detail))
 
     seen: dict[object, str] = {}
-    for example in sorted(examples, key=lambda e: (e.id, e.source)):
+    for example in sorted(examples, key=lambda e: (not draws(e.source, weights, most), e.id, e.source)):
         reply = " ".join(example.messages[-1].content.casefold().split())
         keys = ((example.prompt_id, reply), sources.text_of(example.messages))
         twin = next((seen[key] for key in keys if key in seen), None)
@@ -192,12 +200,12 @@ def distinct_of(examples: Sequence[Example], near: float | None) -> Sifted:
         seen |= dict.fromkeys(keys, example.id)
         kept.append(example)
     if near is None:
-        return Sifted(kept, lost)
+        return Sifted(sorted(kept, key=lambda e: e.id), lost)
     twins = near_duplicates([_exchange(example) for example in kept], near)
     for example, twin_place in zip(kept, twins, strict=True):
         if twin_place is not None:
             drop(example, "near_duplicate", f"of {kept[twin_place].id}")
-    return Sifted([e for e, twin in zip(kept, twins, strict=True) if twin is None], lost)
+    return Sifted(sorted((e for e, twin in zip(kept, twins, strict=True) if twin is None), key=lambda e: e.id), lost)
 
 
 def _exchange(example: Example) -> Exchange:

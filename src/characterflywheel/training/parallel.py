@@ -18,8 +18,9 @@ from ..errors import FlywheelError
 
 T = TypeVar("T")
 Sharding = Literal["none", "full", "node"]
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others: one may be saving tens of gigabytes."""
+PATIENCE = timedelta(hours=3)
+"""How long a process waits for the others: one may be saving tens of gigabytes, or wait for an hour until a busy
+scoring server answers it (`reward.remote`). Who fails ends all of them at once, whatever this says."""
 
 
 class Turn(NamedTuple, Generic[T]):

@@ -58,16 +58,19 @@ class Setting(NamedTuple):
     sampled: tuple[int, int] | None = None
     copies: int = 0
     rested: int = 0
-    """`sampled`: prompts and replies that are decoded at once in this process, of RL; `copies`: of the weights, all the
-    time; `rested`: of those that are let go while something is learnt."""
+    reference: bool = False
+    judges: float = 0.0
+    """Of RL. `sampled`: prompts and replies that are decoded at once in this process; `copies`: of the weights in the
+    precision of products, all the time; `rested`: of those that are let go while something is learnt; `reference`: the
+    start's weights, in float32, split as the learner's are; `judges`: parameters of the reward models."""
 
 
 class MemoryPlan(Record):
     """Bytes of one process.
 
     `gathered`: weights as products take them. `copies`: of the weights, a reference's and those of a sampler that
-    keeps them. `decoding`: those of one that lets them go, and keys, values and logits of replies being drawn, when
-    nothing is being learnt.
+    keeps them. `judges`: the reward models. `decoding`: those of one that lets them go, and keys, values and logits of
+    replies being drawn, when nothing is being learnt.
     """
 
     weights: float
@@ -76,13 +79,14 @@ class MemoryPlan(Record):
     gradients: float
     activations: float
     copies: float
+    judges: float
     decoding: float
 
     @property
     def total(self) -> float:
         """At the worst moment."""
         learning = self.gathered + self.gradients + self.activations
-        return self.weights + self.optimiser + self.copies + max(learning, self.decoding)
+        return self.weights + self.optimiser + self.copies + self.judges + max(learning, self.decoding)
 
 
 class StagePlan(Record):
@@ -108,10 +112,10 @@ class StagePlan(Record):
 
 def plan_stages(config: FlywheelConfig, shape: Shape, machine: Machine) -> list[StagePlan]:
     """SFT, DPO and RL under this configuration."""
-    return [plan(shape, setting, machine) for setting in settings_of(config)]
+    return [plan(shape, setting, machine) for setting in settings_of(config, shape)]
 
 
-def settings_of(config: FlywheelConfig) -> Iterator[Setting]:
+def settings_of(config: FlywheelConfig, shape: Shape) -> Iterator[Setting]:
     """Three stages. SFT has the examples that rejection sampling may accept; rewrites add to them."""
     parallel, sft, dpo, rl = config.parallel, config.sft, config.dpo, config.rl
     shared = (parallel.processes, parallel.sharding, parallel.gradient_checkpointing)
@@ -131,8 +135,19 @@ def settings_of(config: FlywheelConfig) -> Iterator[Setting]:
     yield Setting(
         "rl", Example(rl.max_prompt_tokens, rl.max_tokens, rl.group), rl.prompts_per_step, rl.steps,
         rl.micro_batch_tokens, rl.train_layers, rl.lora_rank, *shared, sampled=(slots, rl.group) if here else None,
-        copies=int(here and not rests) + int(rl.kl_weight > 0), rested=int(rests),
+        copies=int(here and not rests), rested=int(rests), reference=rl.anchored and rl.lora_rank is None,
+        judges=_judges(config, shape),
     )  # fmt: skip
+
+
+def _judges(config: FlywheelConfig, shape: Shape) -> float:
+    """Parameters of the pointwise, the pairwise and perhaps the gold model, where no server has them. A backbone of
+    their own is not counted: it is a small one, or why have it."""
+    reward = config.reward
+    if reward.server is not None or reward.backbone is not None:
+        return 0.0
+    each = min(reward.layers, shape.layers) * shape.layer + shape.embedding
+    return float(each * (3 if reward.gold_share else 2))
 
 
 def plan(shape: Shape, setting: Setting, machine: Machine) -> StagePlan:
@@ -188,7 +203,9 @@ def _memory(shape: Shape, setting: Setting, machine: Machine, found: Footprint) 
     return MemoryPlan(
         weights=4 * (shape.parameters + adapters) / shards, gathered=gathered,
         gradients=4 * trained / shards + arriving, optimiser=8 * trained / shards,
-        activations=examples * activations, copies=float(low * shape.parameters * setting.copies),
+        activations=examples * activations,
+        copies=float(low * shape.parameters * setting.copies + 4 * shape.parameters * setting.reference / shards),
+        judges=(4.0 if machine.gpu else low) * setting.judges,
         decoding=_decoding(shape, setting, low) + low * shape.parameters * setting.rested,
     )  # fmt: skip
 
@@ -246,10 +263,13 @@ def _changes(setting: Setting) -> Iterator[tuple[str, Setting]]:
         now = now._replace(sharding="full")
         yield 'parallel.sharding = "full"', now
     if now.sampled is not None:
-        now = now._replace(sampled=None, copies=now.copies - 1)
+        now = now._replace(sampled=None, copies=0, rested=0)
         yield 'rl.sampler.kind = "endpoint"', now
+    if now.judges:
+        now = now._replace(judges=0.0)
+        yield 'reward.server = "http://HOST:8766"', now
     if now.lora_rank is None:
-        now = now._replace(lora_rank=16)
+        now = now._replace(lora_rank=16, reference=False)
         yield f"{now.stage}.lora_rank = 16", now
     now = now._replace(sharding="full")
     yield 'parallel.sharding = "full"', now

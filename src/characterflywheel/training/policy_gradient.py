@@ -156,7 +156,7 @@ def importance(
     if not bool(before.isfinite().all()):
         raise FlywheelError(
             f"{int((~before.isfinite()).sum())} of {before.numel()} log-probabilities of the learner are not finite: "
-            "it diverged; lower the learning rate and go on from an earlier checkpoint."
+            "it diverged; lower the learning rate."
         )
     with torch.no_grad():
         log_ratio = before - sampler.to(before.device)

@@ -86,7 +86,7 @@ def train_sft(
     """
     parallel = parallel or Parallel.alone()
     offered = sources.offer(config, examples, reserved, safety)
-    distinct = distinct_of(offered.examples, config.near_duplicates)
+    distinct = distinct_of(offered.examples, config.near_duplicates, config.weights, config.max_examples)
     drawn = [e for e in distinct.kept if draws(e.source, config.weights, config.max_examples)]
     idle = [e for e in distinct.kept if not draws(e.source, config.weights, config.max_examples)]
     split = hold_out(drawn, config.evaluation_share, config.evaluation_examples, work.seed)

@@ -245,6 +245,7 @@ def load_shards(
 
 
 def _state(model: Any, optimiser: torch.optim.Optimizer, best: Sequence[Tensor] | None) -> dict[str, Any]:
+    _begin(optimiser)
     weights, moments = get_state_dict(model, optimiser)
     trained = optimiser.param_groups[0]["params"]
     kept = {
@@ -252,3 +253,13 @@ def _state(model: Any, optimiser: torch.optim.Optimizer, best: Sequence[Tensor] 
         for i, (p, part) in enumerate(zip(trained, best or (), strict=best is not None))
     }
     return {"model": weights, "optimiser": moments, "best": kept}
+
+
+def _begin(optimiser: torch.optim.Optimizer) -> None:
+    """AdamW's moments where it has taken no step yet. `get_state_dict` would take one of zero gradients to have them,
+    and count it: what a checkpoint is asked of must not change what is learnt."""
+    for parameter in optimiser.param_groups[0]["params"]:
+        if parameter not in optimiser.state:
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[parameter] = {"step": step, **moments}

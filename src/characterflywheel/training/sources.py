@@ -143,7 +143,9 @@ def path_of(file: str) -> Path:
     path = BUNDLED / f"{name}.jsonl" if file.startswith("bundled:") else Path(file).expanduser()
     if not path.is_file():
         there = ", ".join(f"bundled:{found.stem}" for found in sorted(BUNDLED.glob("*.jsonl")))
-        raise FlywheelError(f"sft.extra: there is no file {file!r}: give a path to JSON lines, or one of {there}.")
+        raise FlywheelError(
+            f"sft.extra: there is no file {str(path.absolute())!r}: give a path to JSON lines, or one of {there}."
+        )
     return path
 
 

@@ -6,8 +6,8 @@ Losses are sums over totals of the mini-batch, so that any cut and any number of
 """
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -179,16 +179,17 @@ def accumulate(
             start = torch.cat([before.get(number, logs) for number, logs in mine.items()]).to(learner.device)
             anchor = None if reference is None else torch.cat([reference[number] for number in mine]).to(learner.device)
             sampler = torch.cat([logs for lesson in batch for logs in lesson.sampler])
-            ratio = policy_gradient.importance(
-                start, sampler, now.path, len(mine), level=config.importance_level, truncate=config.truncate_ratio,
-                token_low=config.token_low, token_high=config.token_high, sequence_low=config.sequence_low,
-                sequence_high=config.sequence_high,
-            )  # fmt: skip
-            loss, told = (
-                _online_dpo(now, anchor, len(mine), len(lessons), config)
-                if config.algorithm == "online_dpo"
-                else _grpo(now, start, ratio.weights, batch, anchor, total, tokens, config)
-            )
+            with _named(learner):
+                ratio = policy_gradient.importance(
+                    start, sampler, now.path, len(mine), level=config.importance_level, truncate=config.truncate_ratio,
+                    token_low=config.token_low, token_high=config.token_high, sequence_low=config.sequence_low,
+                    sequence_high=config.sequence_high,
+                )  # fmt: skip
+                loss, told = (  # online DPO's gradient is of pairs, whoever drew them: it only counts what is not sane
+                    _online_dpo(now, anchor, len(mine), len(lessons), config)
+                    if config.algorithm == "online_dpo"
+                    else _grpo(now, start, ratio.weights, batch, anchor, total, tokens, config)
+                )
             value = loss.item()
         if not turn.counts:
             loss = loss * 0.0
@@ -215,6 +216,15 @@ def accumulate(
             "other weights than the learner, or one of them diverged; look at rl.sampler and the learning rate."
         )
     return update
+
+
+@contextmanager
+def _named(learner: Learner) -> Iterator[None]:
+    """Say of an error at which step it was."""
+    try:
+        yield
+    except FlywheelError as error:
+        raise FlywheelError(f"step {learner.step + 1} of {learner.steps}: {error}") from error
 
 
 def _grpo(

@@ -2,7 +2,9 @@
 
     reward = score + length_weight length + repetition_weight repetition + sum over features of weight feature
 
-A reply that safety refuses gets its group's lowest reward, so that a group in which all are refused teaches nothing.
+A reply that safety refuses lies `veto_margin` below the lowest of its group that it allows, however the reward model
+likes it: the gradient leads away from it, and it is what online DPO rejects. A group of which all are refused, or one
+of equal rewards, teaches nothing.
 Each term is told apart, whatever its weight: what rides along with the score shows before it has to be weighed. By
 default all weights are 0 and the reward is the score.
 """
@@ -100,8 +102,9 @@ class Terms:
         self, prompt: Prompt, texts: Sequence[str], finish: Sequence[Finish], scores: Sequence[float]
     ) -> list[TermScores]:
         told = [self._terms(prompt, *one) for one in zip(texts, finish, scores, strict=True)]
-        lowest = min((one.reward for one in told), default=0.0)
-        return [one if one.vetoed is None else one._replace(reward=lowest) for one in told]
+        allowed = [one.reward for one in told if one.vetoed is None]
+        below = min(allowed) - self.config.veto_margin if allowed else min((one.reward for one in told), default=0.0)
+        return [one if one.vetoed is None else one._replace(reward=below) for one in told]
 
     def _terms(self, prompt: Prompt, text: str, finish: Finish, score: float) -> TermScores:
         config, history, cut_off = self.config, prompt.messages, finish == "length"
@@ -118,7 +121,7 @@ class Terms:
     def metrics(self, judged: Sequence[Sequence[TermScores]]) -> dict[str, float]:
         """Means over a step's replies, for its line of `metrics.jsonl`: every term apart, before its weight.
 
-        `vetoed_groups` are those that safety refused as a whole: all have the lowest reward, so they teach nothing.
+        `vetoed_groups` are those that safety refused as a whole: all have one reward, so they teach nothing.
         """
         every = list(chain.from_iterable(judged))
         if not every:

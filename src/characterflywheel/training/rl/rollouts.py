@@ -21,6 +21,7 @@ from ...llm.base import Completion, Sampling
 from ...llm.chat_format import ChatFormat
 from ...pipeline import Work, release_memory, write_atomically
 from ...records import Dropped, Prompt, Record, Rollout
+from ...style.monitor import MIN_PROMPTS
 from ..parallel import Parallel
 from ..paths import in_window
 from .learn import Logs
@@ -101,8 +102,13 @@ class Rollouts:
     seed: int
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step (from 1), in order, from the front again when they run out."""
+        """The prompts of a step (from 1), in order, from the front again when they run out.
+
+        After the last step they are asked for the sake of a look alone, which needs as many as style can be told by.
+        """
         count, first = self.config.prompts_per_step, (step - 1) * self.config.prompts_per_step
+        if step > self.config.steps:
+            count = min(len(self.prompts), max(count, MIN_PROMPTS))
         return [self.prompts[(first + i) % len(self.prompts)] for i in range(count)]
 
     def of(self, step: int, push: Callable[[], None]) -> list[Rollout]:

@@ -30,7 +30,7 @@ from . import watch
 from .rewards import Scorer, Terms
 from .rollouts import Rollouts, Shelf, fitting
 from .samplers import open_sampler
-from .step import Run, Stop, end_step, take_update, weights_of
+from .step import Run, Stop, end_run, end_step, take_update, weights_of
 from .timing import Stopwatch
 
 __all__ = ["RLSummary", "Scorer", "Stop", "train_rl"]
@@ -39,13 +39,13 @@ __all__ = ["RLSummary", "Scorer", "Stop", "train_rl"]
 class RLSummary(Record):
     """Rewards at the start and the end, how far the policy moved, and what rang.
 
-    The model is that after the last update, which nothing has looked at; where training stopped it is the one that drew
-    step `stopped.kept_step`'s replies. `last_reward`, `last_words`, `entropy` (None: the sampler gave no number) and
-    `watched` (empty: no look was at these weights, or none was asked for) are of the last step that the kept weights
-    drew, `effective_share` of the steps that they learnt from (None: all groups had equal rewards). What was spent
-    counts in full: `steps`, distinct `prompts`, `rollouts`, tokens, `equal_groups`, `skipped_updates` (nothing to learn
-    from), `exploded_tokens` (no sane ratio between learner and sampler: masked), `stale_rollouts` (drawn by older
-    weights than the learner's). `dropped` prompts did not fit the window. `alarms` are those of all looks.
+    The model is that after the last update; where training stopped it is the one that drew step `stopped.kept_step`'s
+    replies. `last_reward`, `last_words`, `entropy` (None: the sampler gave no number) are of the last step that the
+    kept weights drew, `watched` (empty: no look was at them, or none was asked for) of the look at them,
+    `effective_share` of the steps that they learnt from (None: all groups had equal rewards). What was spent on
+    learning counts in full: `steps`, distinct `prompts`, `rollouts`, tokens, `equal_groups`, `skipped_updates` (nothing
+    to learn from), `exploded_tokens` (no sane ratio between learner and sampler: masked), `stale_rollouts` (drawn by
+    older weights than the learner's). `dropped` prompts did not fit the window. `alarms` are those of all looks.
     """
 
     steps: int
@@ -78,7 +78,7 @@ class RLSummary(Record):
             f", {len(self.alarms)} alarms ({', '.join(sorted({a.kind for a in self.alarms}))})" if self.alarms else ""
         )
         ended = (
-            f"; stopped at step {self.stopped.step}: {self.stopped.why}; the model kept has learnt from "
+            f"; {self.stopped.when(self.steps)}: {self.stopped.why}; the model kept has learnt from "
             f"{self.stopped.kept_step - 1} of them"
             if self.stopped
             else ""
@@ -96,12 +96,13 @@ def train_rl(
     parallel: Parallel | None = None, gradient_checkpointing: bool = False,
     on_progress: Advance = lambda done, total: None,
 ) -> RLSummary:  # fmt: skip
-    """Run `config.steps` steps. Writes `model/`, `metrics.jsonl` (a line a step), `rollouts.parquet` (Rollout),
-    `looks.parquet` (watch.Look), `alarms.jsonl` (watch.Alarm), `dropped.parquet` (Dropped) and `timing.jsonl`.
+    """Run `config.steps` steps. Writes `model/`, `metrics.jsonl` (a line a step, and one of what the last made),
+    `rollouts.parquet` (Rollout), `looks.parquet` (watch.Look), `alarms.jsonl` (watch.Alarm), `dropped.parquet`
+    (Dropped) and `timing.jsonl`.
 
     Prompts are taken in order, from the front again when they run out. A reply that safety refuses as the answer to its
-    prompt gets its group's lowest reward. A step, or a mini-batch of one, in which every group has equal rewards takes
-    no optimiser step: AdamW's momentum would move the weights without a gradient. `gold` judges what is looked at.
+    prompt gets less than any that it allows. A step, or a mini-batch of one, with nothing to learn from takes no
+    optimiser step: AdamW's momentum would move the weights without a gradient. `gold` judges what is looked at.
 
     Raises:
         FlywheelError: no prompt fits, a reward is not finite, or the learner diverged.
@@ -134,6 +135,8 @@ def train_rl(
             on_progress(step, config.steps)
             if stop:
                 break
+        else:
+            stop = end_run(run)
     finally:
         sampler.close()
     return _finish(run, parent, dropped, stop)
@@ -156,9 +159,8 @@ def _begin(
     work: Work, config: RLConfig, parent: Path, learner: Learner, rollouts: Rollouts, gold: Scorer | None
 ) -> Run:
     """Load the reference; before the first step, draw the start's replies that looks compare with."""
-    anchored = config.kl_weight > 0 or config.algorithm == "online_dpo" or config.alarms.every > 0
-    run = Run(work, config, learner, rollouts, _start_weights(parent, learner) if anchored else None, gold, {})
-    asked = {prompt.id: prompt for step in run.looked(config.steps) for prompt in rollouts.batch(step)}
+    run = Run(work, config, learner, rollouts, _start_weights(parent, learner) if config.anchored else None, gold, {})
+    asked = {prompt.id: prompt for step in run.looked(run.end) for prompt in rollouts.batch(step)}
     if asked:
         run.start.update(rollouts.start(list(asked.values()), gold))
     return run
@@ -176,15 +178,16 @@ def _start_weights(parent: Path, learner: Learner) -> Any:
 
 def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | None) -> RLSummary:
     """Write the model and what was logged."""
-    folder, steps = run.work.folder, range(1, (stop.step if stop else run.config.steps) + 1)
+    until = stop.step if stop else run.end
+    folder, steps = run.work.folder, range(1, min(until, run.config.steps) + 1)
     if stop is None:
         run.learner.save(folder / "model")
     log = [json.loads(run.file("metrics", step).read_text("utf-8")) for step in steps]
-    looked = run.looked(steps[-1])
+    looked = run.looked(until)
     alarms = watch.onsets(
         [run.shelf.read(f"alarms-{step:06d}", watch.Alarm) for step in looked], run.config.alarms.window
     )
-    last = stop.kept_step if stop else steps[-1]
+    last = stop.kept_step if stop else run.end
     watched = run.shelf.read(f"watched-{last:06d}", watch.Watched) if last in looked else []
     if run.parallel.main:
         if stop is not None:
@@ -193,8 +196,9 @@ def _finish(run: Run, parent: Path, dropped: Sequence[Dropped], stop: Stop | Non
                 shutil.copytree(kept, folder, dirs_exist_ok=True)  # adapters lie beside the model
             else:
                 shutil.copytree(parent, folder / "model")
+        told = [*steps, run.end] if run.end in looked else steps
         for name in ("metrics", "timing"):
-            lines = "".join(run.file(name, step).read_text("utf-8") for step in steps)
+            lines = "".join(run.file(name, step).read_text("utf-8") for step in told)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         rows = chain.from_iterable(run.shelf.read(f"learnt-{step:06d}", Rollout) for step in steps)
         tables.write(folder / "rollouts.parquet", Rollout, rows)

@@ -26,18 +26,22 @@ from ...style.monitor import Difference
 from ..learner import Learner
 from ..parallel import Parallel
 from . import watch
-from .learn import Lesson, Lessons, Logs, accumulate, left_out, mini_batches, read, teach
+from .learn import Lesson, Lessons, Logs, accumulate, left_out, mini_batches, read, teach, whole_groups
 from .rewards import Scorer, scored
 from .rollouts import Rollouts, Shelf, StartReply
 
 
 class Stop(Record):
-    """Why training ended early. The model that was kept drew step `kept_step`'s replies: it has learnt from
-    `kept_step` - 1 steps."""
+    """Why training ended early, or threw its end away where `step` is the one after the last. The model that was kept
+    drew step `kept_step`'s replies: it has learnt from `kept_step` - 1 steps."""
 
     step: int
     kept_step: int
     why: str
+
+    def when(self, steps: int) -> str:
+        """In words, of a run that took so many steps."""
+        return f"stopped at step {self.step}" if self.step <= steps else f"went back after {steps} steps"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class Run:
 
     def file(self, name: str, step: int) -> Path:
         return self.work.partial / f"{name}-{step:06d}.json"
+
+    @property
+    def end(self) -> int:
+        """The number after the last step: of the replies that the final weights draw, to be looked at."""
+        return self.config.steps + 1
 
     def looked(self, until: int) -> list[int]:
         """The steps up to `until` that are looked at."""
@@ -158,7 +167,28 @@ def end_step(run: Run, step: int) -> Stop | None:
     """Log a step that has made all of its updates, look at it if it is its turn, and say whether to stop."""
     rollouts = run.shelf.read(f"learnt-{step:06d}", Rollout)
     updates = run.learner.log[(step - 1) * run.config.updates : step * run.config.updates]
-    metrics = {"step": step} | run.rollouts.metrics(rollouts) | combined(updates)
+    return _log(run, step, rollouts, combined(updates))
+
+
+def end_run(run: Run) -> Stop | None:
+    """Look at what the last step made, by replies that the final weights draw; say whether to go back."""
+    if not run.looks_at(run.end):
+        return None
+    rollouts = _rollouts(run, run.end)
+    with run.rollouts.clock("look"):
+        own = read(
+            run.learner.model, _groups(run, run.end, rollouts), run.config, run.parallel, device=run.learner.device,
+            autocast=run.learner.autocast,
+        )  # fmt: skip
+    return _log(run, run.end, run.rollouts.learnt(run.end, rollouts, own, None), {})
+
+
+def _groups(run: Run, step: int, rollouts: Sequence[Rollout]) -> list[Lesson]:
+    return whole_groups(rollouts, [run.learner.format.prompt(p.messages) for p in run.rollouts.batch(step)])
+
+
+def _log(run: Run, step: int, rollouts: Sequence[Rollout], learnt: Mapping[str, float]) -> Stop | None:
+    metrics = {"step": step} | run.rollouts.metrics(rollouts) | dict(learnt)
     stop = None
     if run.looks_at(step):
         with run.rollouts.clock("look"):
@@ -203,7 +233,7 @@ def _look(run: Run, step: int, rollouts: Sequence[Rollout], entropies: Sequence[
     run.shelf.kept(f"looks-{step:06d}", watch.Look, make)
     looks = [one for each in run.looked(step) for one in run.shelf.read(f"looks-{each:06d}", watch.Look)]
     drift = _drift(run, run.looked(step)[-config.alarms.window :])
-    return watch.see(looks, entropies, drift, config.alarms.window, len(run.looked(config.steps)))
+    return watch.see(looks, entropies, drift, config.alarms.window, len(run.looked(run.end)))
 
 
 def _divergences(run: Run, step: int, rollouts: Sequence[Rollout]) -> list[float]:
@@ -213,9 +243,13 @@ def _divergences(run: Run, step: int, rollouts: Sequence[Rollout]) -> list[float
     by KL(sampler || policy) where its precision or age is another. Both models read all replies, in the same
     batches, so that what teaches makes no difference and rounding cancels.
     """
-    _, parts, rest = _lessons(run, step, rollouts)
+    if step == run.end:
+        together = [_groups(run, step, rollouts)]
+    else:
+        _, parts, rest = _lessons(run, step, rollouts)
+        together = [*parts[: run.config.updates_per_step], rest]
     under: Logs = {}
-    for lessons in (*parts[: run.config.updates_per_step], rest):
+    for lessons in together:
         under |= run.under_reference(lessons)
     own = [r.learner_logprobs or () for r in rollouts]  # all were read, as the step is looked at
     found = [divergence(logs, under[i].tolist()).plain for i, logs in enumerate(own)]

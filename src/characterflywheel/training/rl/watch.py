@@ -2,8 +2,9 @@
 
 Every few steps the policy is looked at: the replies that it drew in that step are set against replies that its start
 drew to the same prompts, with the same sampler, before the first step. A look at step s is at the weights that drew
-its replies, those after s - 1 steps. The last `window` looks are pooled, prompts are the units, and users the clusters
-of every interval.
+its replies, those after s - 1 steps; the last one is after the last step, at the weights that are handed on, by replies
+that nothing learns from. The last `window` looks are pooled, prompts are the units, and users the clusters of every
+interval.
 
     kl         KL(policy || start), nats a reply, mean over the newest look's replies, is above its bound
     entropy    the entropy of all tokens drawn, mean over the last steps over mean over the first, is below its bound
@@ -98,8 +99,11 @@ class Seen(NamedTuple):
 
 
 def looks_at(step: int, steps: int, every: int) -> bool:
-    """Whether a step is looked at: each `every`-th, and the last; none if `every` is 0."""
-    return every > 0 and (step % every == 0 or step == steps)
+    """Whether a step is looked at: each `every`-th but the last, and what `steps` of them made; none if `every` is 0.
+
+    By hand: of 10 steps with 4 from look to look 4, 8 and, after the last, 11.
+    """
+    return every > 0 and (step % every == 0 if step < steps else step == steps + 1)
 
 
 def look(
@@ -154,7 +158,7 @@ def see(
         step=newest,
         kl=told(intervals.mean, [one.kl for one in now], now),
         entropy_share=entropy_share(entropies, window),
-        win_rate=told(intervals.share, [one.win_rate for one in pooled], pooled),
+        win_rate=told(_share, [one.win_rate for one in pooled], pooled),
         score=told(intervals.mean, [one.score for one in pooled], pooled),
         gold=told(intervals.mean, golds, pooled) if len(golds) == len(pooled) else None,
         style=style,
@@ -214,12 +218,14 @@ def alarms(seen: Seen, config: RLAlarmsConfig) -> list[Alarm]:
 def watched(seen: Seen, config: RLAlarmsConfig) -> list[Watched]:
     """Each kind but style at this look: ringing, silent or not measured, as which it must not pass for silent."""
     says = {one.kind: one.says for one in alarms(seen, config)}
-    gold = seen.gold
+    wins, gold = seen.win_rate, seen.gold
+    if wins.value is not None and wins.low is None:
+        wins = Estimate(value=None, n=wins.n, reason=wins.reason)
     if gold is not None and gold.value is not None and (gold.high is None or seen.score.low is None):
         gold = Estimate(value=None, n=gold.n, reason=gold.reason or seen.score.reason)
     told: list[tuple[AlarmKind, Estimate | None, float]] = [
         ("kl", seen.kl, config.kl_max), ("entropy", seen.entropy_share, config.entropy_min_share),
-        ("win_rate", seen.win_rate, config.win_rate_max), ("gold", gold, 0.0),
+        ("win_rate", wins, config.win_rate_max), ("gold", gold, 0.0),
     ]  # fmt: skip
     return [
         Watched(step=seen.step, kind=kind, measured=measured, bound=bound, says=says.get(kind))
@@ -238,6 +244,16 @@ def onsets(by_look: Sequence[Sequence[Alarm]], window: int) -> list[Alarm]:
         ringing = {(one.kind, one.feature) for before in by_look[max(0, number - window) : number] for one in before}
         first += [one for one in now if (one.kind, one.feature) not in ringing]
     return first
+
+
+def _share(rates: Sequence[float], users: Sequence[str], confidence: float) -> Estimate:
+    """The mean of prompts' win rates, each of many pairs, with Student's interval: as yes or no of a prompt each
+    (Wilson) four prompts of 95% would not be told from one half. Where all are equal, Student's has no width, and
+    Wilson's is taken."""
+    found = (intervals.mean if min(rates) < max(rates) else intervals.share)(rates, users, confidence)
+    if found.value is None or found.low is None or found.high is None:
+        return found
+    return found.model_copy(update={"low": max(0.0, found.low), "high": min(1.0, found.high)})
 
 
 def _above(one: Estimate) -> bool:
