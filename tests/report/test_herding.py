@@ -99,6 +99,12 @@ def test_a_run_that_was_stopped_says_so(tmp_path: Path) -> None:
     said = herding.rl_sentences(runs.load(folder, fixture.row()))
     assert said[1].startswith("Stopped at step 28: emojis 0.05 to 0.41")
     assert "drew step 24" in said[1]
+    found = runs.load(folder, fixture.row())
+    assert found.climbed is not None
+    assert found.climbed.stopped is not None
+    late = found.climbed.stopped.model_copy(update={"step": found.climbed.steps + 1})
+    climbed = found.climbed.model_copy(update={"stopped": late})
+    assert herding.rl_sentences(found._replace(climbed=climbed))[1].startswith("Went back after the last")
 
 
 def test_another_versions_files_are_shown_as_far_as_they_go(workspace: Path, tmp_path: Path) -> None:
