@@ -168,7 +168,7 @@ def test_what_a_policy_cannot_be(wrong: dict[str, Any], said: str) -> None:
     ("lines", "said"),
     [
         ('shar = 1.0\nname = "a"', r"unknown key 'rejection_sampling\.pool\.0\.shar'; did you mean 'share'\?"),
-        ('share = 1.0\nname = "a"\nsource = "http://a"', r"pool\.0 = .*policy 'a': source 'http://a' needs `model`"),
+        ('share = 1.0\nname = "a"\nsource = "http://a"', r"pool\.0: policy 'a': source 'http://a' needs `model`"),
     ],
 )
 def test_a_mistake_in_a_policys_table_is_one_sentence(lines: str, said: str, tmp_path: Path) -> None:

@@ -71,13 +71,14 @@ def plan(workspace: Workspace, generations: int) -> None:
     from . import generation  # noqa: PLC0415
 
     runner = Runner(workspace.artifacts)
+    new = False
     for stage in generation.plan(workspace, config, generations):
         print(f"{'complete' if runner.is_complete(stage) else 'to do':<9} {stage.folder_name}")
-    if (complete := len(ledger.read(workspace.ledger))) >= generations:
+        new |= not runner.is_complete(stage)
+    if new and (complete := len(ledger.read(workspace.ledger))) >= generations:
         print(
-            f"\ngeneration {generations} was turned before and is not turned again: what is to do above is what these "
-            f"settings would have made of it; they count from `flywheel run {workspace.root} --generations "
-            f"{complete + 1}`"
+            f"\ngeneration {generations} was turned with other settings and is not turned again: these count from "
+            f"`flywheel run {workspace.root} --generations {complete + 1}`"
         )
 
 

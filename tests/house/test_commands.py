@@ -56,6 +56,18 @@ def test_a_run_whose_generations_are_complete_says_how_to_go_on(
     assert out.endswith("index.html\n")
 
 
+def test_a_plan_of_what_was_turned_says_from_where_new_settings_count(
+    made: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.plan(made, 1)
+    assert "not turned again" not in capsys.readouterr().out
+    ledger.append(made.ledger, row(1))
+    commands.plan(made, 1)
+    out = capsys.readouterr().out
+    assert "generation 1 was turned with other settings and is not turned again" in out
+    assert f"`flywheel run {made.root} --generations 2`" in out
+
+
 def test_what_the_gate_stopped_is_not_promoted_by_accident(made: Workspace) -> None:
     held = row(1)
     ledger.append(made.ledger, held.model_copy(update={"gate": held.gate.model_copy(update={"decision": "hold"})}))

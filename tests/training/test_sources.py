@@ -90,7 +90,7 @@ def test_of_many_bad_lines_five_are_named(tmp_path: Path) -> None:
         sources.read(path, "general")
     with pytest.raises(FlywheelError, match="has no example"):
         sources.read(written(tmp_path / "empty.jsonl", ""), "general")
-    with pytest.raises(FlywheelError, match=r"there is no file 'nowhere\.jsonl': give .* one of bundled:general"):
+    with pytest.raises(FlywheelError, match=r"there is no file '/.*/nowhere\.jsonl': give .* one of bundled:general"):
         sources.path_of("nowhere.jsonl")
 
 
