@@ -39,6 +39,7 @@ from .training.dpo import DPOSummary
 from .training.rejection_sampling import RejectionSummary
 from .training.rl import RLSummary
 from .training.sft import TrainingSummary
+from .training.sizes import check_sizes
 from .workshop import WEEK, Workshop
 from .workspace import Workspace
 
@@ -135,6 +136,7 @@ def turn(
     stages = compose(config, number, shop)
     if until is not None and until not in (names := [stage.name for stage in stages]):
         raise FlywheelError(f"there is no stage {until!r}; stages are {', '.join(names)}.")
+    check_sizes(config, shop.parent_folder)
     done: dict[str, Artifact[Any]] = {}
     for stage in stages:
         done[stage.name] = shop.runner.run(stage)
