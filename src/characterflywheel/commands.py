@@ -71,11 +71,10 @@ def plan(workspace: Workspace, generations: int) -> None:
     from . import generation  # noqa: PLC0415
 
     runner = Runner(workspace.artifacts)
-    new = False
-    for stage in generation.plan(workspace, config, generations):
-        print(f"{'complete' if runner.is_complete(stage) else 'to do':<9} {stage.folder_name}")
-        new |= not runner.is_complete(stage)
-    if new and (complete := len(ledger.read(workspace.ledger))) >= generations:
+    stages = [(stage, runner.is_complete(stage)) for stage in generation.plan(workspace, config, generations)]
+    for stage, done in stages:
+        print(f"{'complete' if done else 'to do':<9} {stage.folder_name}")
+    if not all(done for _, done in stages) and (complete := len(ledger.read(workspace.ledger))) >= generations:
         print(
             f"\ngeneration {generations} was turned with other settings and is not turned again: these count from "
             f"`flywheel run {workspace.root} --generations {complete + 1}`"

@@ -28,7 +28,10 @@ def test_what_fits_passes_and_what_is_not_known_is_not_checked(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rl": {"max_tokens": 321}}, r"rl.max_prompt_tokens \+ rl.max_tokens == 513, must be <= 512, the longest"),
+        (
+            {"rl": {"max_tokens": 321}},
+            r"rl.max_prompt_tokens \+ rl.max_tokens == 513, must be <= 512, the model's longest context",
+        ),
         ({"reward": {"layers": 7}}, "reward.layers == 7, must be <= 6, the layers of"),
     ],
 )

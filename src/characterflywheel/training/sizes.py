@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..config import FlywheelConfig
+from ..config import FlywheelConfig, RLConfig
 from ..errors import FlywheelError
 
 
@@ -19,11 +19,20 @@ def check_sizes(config: FlywheelConfig, folder: Path) -> None:
     """
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    room, count, rl = values.get("max_position_embeddings"), values.get("num_hidden_layers"), config.rl
-    if room is not None and rl.max_prompt_tokens + rl.max_tokens > room:
-        raise FlywheelError(
-            f"rl.max_prompt_tokens + rl.max_tokens == {rl.max_prompt_tokens + rl.max_tokens}, must be <= {room}, the "
-            f"longest context of {folder}."
-        )
+    room, count = values.get("max_position_embeddings"), values.get("num_hidden_layers")
+    if room is not None:
+        check_context(config.rl, room)
     if count is not None and config.reward.backbone is None and config.reward.layers > count:
         raise FlywheelError(f"reward.layers == {config.reward.layers}, must be <= {count}, the layers of {folder}.")
+
+
+def check_context(config: RLConfig, room: int) -> None:
+    """Make sure that a model of so many positions has one for every token of RL's prompts and replies.
+
+    Raises:
+        FlywheelError: it has not.
+    """
+    if (needed := config.max_prompt_tokens + config.max_tokens) > room:
+        raise FlywheelError(
+            f"rl.max_prompt_tokens + rl.max_tokens == {needed}, must be <= {room}, the model's longest context."
+        )

@@ -26,6 +26,7 @@ from ...safety.policy import SafetyPolicy
 from ..adapters import adapted
 from ..learner import Learner
 from ..parallel import Parallel
+from ..sizes import check_context
 from . import watch
 from .rewards import Scorer, Terms
 from .rollouts import Rollouts, Shelf, fitting
@@ -148,11 +149,7 @@ def _check_room(config: RLConfig, learner: Learner, prompts: int, kept: int) -> 
             f"no prompt to learn from: none of {prompts} has room in rl.max_prompt_tokens == "
             f"{config.max_prompt_tokens}; reinforcement learning needs prompts of the training split."
         )
-    needed, room = config.max_prompt_tokens + config.max_tokens, learner.model.config.max_position_embeddings
-    if needed > room:
-        raise FlywheelError(
-            f"rl.max_prompt_tokens + rl.max_tokens == {needed}, must be <= {room}, the model's longest context."
-        )
+    check_context(config, learner.model.config.max_position_embeddings)
 
 
 def _begin(
